@@ -1,0 +1,48 @@
+#include "bindings/tensor.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "common/cpu/parallel.h"
+
+#if FASTKERNELS_WITH_CUDA
+// Weak, so that one build loads with a CPU torch too, where nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** stream);
+#endif
+
+namespace fastkernels {
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+    using torch::headeronly::ScalarType;
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float: return DType::f32;
+        case ScalarType::Half: return DType::f16;
+        case ScalarType::BFloat16: return DType::bf16;
+        case ScalarType::Int: return DType::i32;
+        case ScalarType::Long: return DType::i64;
+        default: fail(name, " has a dtype that is not supported: fp32, fp16, bf16, int32 and int64 are");
+    }
+}
+
+#if FASTKERNELS_WITH_CUDA
+void* stream_of(const Tensor& tensor) {
+    void* stream = nullptr;
+    check(aoti_torch_get_current_cuda_stream != nullptr, "the installed torch is a CPU build: it has no CUDA stream");
+    check(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+          "torch gave no current CUDA stream");
+    return stream;
+}
+#endif
+
+namespace {
+
+const bool pool_is_torchs = [] {
+    cpu::set_parallel_for([](int64_t count, int64_t grain, cpu::RangeFn fn, void* context) {
+        torch_parallel_for(0, count, grain, fn, context);
+    });
+    return true;
+}();
+
+}  // namespace
+
+}  // namespace fastkernels

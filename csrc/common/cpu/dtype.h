@@ -1,0 +1,68 @@
+// The CPU's C++ types of the floating dtypes, and the switch from a DType to one of them. Included by kernel
+// files only: everything is in the namespace of the instruction set that the file is compiled for.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "common/cpu/isa.h"
+#include "common/dtype.h"
+
+namespace fastkernels::cpu::FK_ISA {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+struct fp16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) {
+    return x;
+}
+inline float to_float(bf16 x) {
+    return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+inline float to_float(fp16 x) {
+    return static_cast<float>(std::bit_cast<_Float16>(x.bits));
+}
+
+template <typename T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u)};
+}
+template <>
+inline fp16 from_float<fp16>(float x) {
+    return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
+}
+
+// visit_float(dtype, [&]<typename T>() { ... });
+template <typename F>
+void visit_float(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::f32: return f.template operator()<float>();
+        case DType::f16: return f.template operator()<fp16>();
+        case DType::bf16: return f.template operator()<bf16>();
+        default: fail("dtype ", name(dtype), " is not supported: fp32, fp16 and bf16 are");
+    }
+}
+
+template <typename F>
+void visit_index(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::i32: return f.template operator()<int32_t>();
+        case DType::i64: return f.template operator()<int64_t>();
+        default: fail("index dtype ", name(dtype), " is not supported: int32 and int64 are");
+    }
+}
+
+}  // namespace fastkernels::cpu::FK_ISA

@@ -1,0 +1,36 @@
+// The element types of tensors as a run-time value. Host code only, no CUDA: the CPU's C++ types for
+// them are in common/cpu/dtype.h, the GPU's in common/dtype.cuh.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/check.h"
+
+namespace fastkernels {
+
+enum class DType : int8_t { f32, f16, bf16, i32, i64 };
+
+inline const char* name(DType dtype) {
+    switch (dtype) {
+        case DType::f32: return "fp32";
+        case DType::f16: return "fp16";
+        case DType::bf16: return "bf16";
+        case DType::i32: return "int32";
+        case DType::i64: return "int64";
+    }
+    fail("unknown dtype ", static_cast<int>(dtype));
+}
+
+inline size_t size_bytes(DType dtype) {
+    switch (dtype) {
+        case DType::f16:
+        case DType::bf16: return 2;
+        case DType::f32:
+        case DType::i32: return 4;
+        case DType::i64: return 8;
+    }
+    fail("unknown dtype ", static_cast<int>(dtype));
+}
+
+}  // namespace fastkernels

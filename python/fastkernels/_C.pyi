@@ -1,0 +1,6 @@
+"""C++ host objects of fastkernels."""
+
+with_cuda: bool
+version: str
+
+def cpu_isa() -> str: ...

@@ -1,0 +1,66 @@
+"""What every op's face checks before it calls its kernel: one sentence, naming what is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def as_tensor(x: Any) -> torch.Tensor:
+    """x itself when it is a tensor, else a tensor over the memory of anything that speaks DLPack."""
+    if isinstance(x, torch.Tensor):
+        return x
+    if hasattr(x, "__dlpack__"):
+        return torch.from_dlpack(x)
+    raise ValueError(f"expected a tensor or an array that speaks DLPack, got {type(x).__name__}")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_dtype(op: str, name: str, x: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in allowed:
+        takes = ", ".join(dtype_name(d) for d in allowed)
+        raise ValueError(f"{op}: {name} is {dtype_name(x.dtype)}, but the op takes {takes}")
+
+
+def check_shape(op: str, name: str, x: torch.Tensor, expected: tuple[int | None, ...], words: str) -> None:
+    """expected: a size per dimension, None for any; words: the shape in the docstring's words."""
+    fits = x.dim() == len(expected) and all(e is None or s == e for s, e in zip(x.shape, expected, strict=True))
+    if not fits:
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, but the op takes {words}")
+
+
+def check_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """All tensors lie on one device, the CPU or a CUDA GPU."""
+    given = {name: x.device for name, x in tensors.items() if x is not None}
+    first_name, first = next(iter(given.items()))
+    if first.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{op}: {first_name} is on {first}, but the op runs on cpu and cuda")
+    for name, device in given.items():
+        if device != first:
+            raise ValueError(f"{op}: {name} is on {device}, but {first_name} is on {first}; they must share a device")
+
+
+def check_last_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{op}: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
+
+
+def register_mutating_fake(*names: str) -> None:
+    """Fake kernels of ops that only write into tensors they are given: nothing to compute, nothing to return."""
+    for name in names:
+        torch.library.register_fake(f"fastkernels::{name}", lambda *args, **kwargs: None)

@@ -1,0 +1,29 @@
+"""Every tolerance of the tests, in one place."""
+
+import torch
+
+# The absolute term beside "at most twice as far from the float64 reference as plain torch in this dtype is":
+# about one unit in the last place of a value of size 1.
+ABSOLUTE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def assert_as_good_as_torch(
+    result: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """result: the kernel's; plain: torch's in the same dtype on the same inputs; exact: float64 on the same inputs."""
+    dtype = dtype or result.dtype
+    assert result.shape == exact.shape
+    assert torch.isfinite(result).all() or not torch.isfinite(exact).all(), "an element was not written"
+    if result.numel() == 0:
+        return
+    error = (result.double().cpu() - exact.double().cpu()).abs().max().item()
+    torch_error = (plain.double().cpu() - exact.double().cpu()).abs().max().item()
+    scale = max(1.0, exact.double().abs().max().item())
+    limit = 2 * torch_error + ABSOLUTE[dtype] * scale
+    assert error <= limit, f"max abs error {error:.3g}, torch's in {dtype} is {torch_error:.3g}, limit {limit:.3g}"
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """An output filled with NaN (or the type's lowest value), so that an element left unwritten shows."""
+    value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full(shape, value, dtype=dtype, device=device)
