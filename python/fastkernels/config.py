@@ -26,15 +26,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched past the trained context (``models/rope_scaling.py`` has the
-    formulas).
+    """How rotary frequencies are stretched past the trained context; formulas: ``models/rope_scaling.py``.
 
     kind:             which formula; "default" leaves the frequencies as they are and reads nothing else
     factor:           target context / trained context
     original_max_position_embeddings: the trained context, in tokens
-    low_freq_factor, high_freq_factor:  llama3: bounds of the blend, in turns over the trained context
-    beta_fast, beta_slow, truncate:     yarn: bounds of the ramp, in turns; whether they round to whole
-    dimensions
+    low_freq_factor, high_freq_factor: llama3: bounds of the blend, in turns over the trained context
+    beta_fast, beta_slow: yarn: bounds of the ramp, in turns over the trained context
+    truncate:         yarn: whether these bounds are rounded outwards to whole dimensions
     attention_factor: yarn: multiplies cos and sin; resolved from factor and mscale when config.json has none
     """
 
@@ -193,7 +192,7 @@ class ModelConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch names it."""
-        import torch  # noqa: PLC0415  (so that reading a configuration does not import torch)
+        import torch  # here, so that reading a configuration does not need it
 
         return cast("torch.dtype", getattr(torch, self.dtype))
 

@@ -76,7 +76,7 @@ class ChatTemplate:
             "tools": None if tools is None else list(tools),
             "documents": None if documents is None else list(documents),
         }
-        # A copy of plain values: a template can neither reach an object's methods nor change the caller's data.
+        # A copy of plain values: a template can neither call an object's methods nor change the caller's.
         try:
             names = json.loads(json.dumps(names))
         except (TypeError, ValueError, RecursionError) as error:
@@ -124,7 +124,7 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> di
 class _GenerationBlock(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} marks words to train on; here it renders as it is."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -75,8 +75,9 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         data_begin = 8 + header_bytes
         self.entries = {
-            name: _entry(path, name, raw, data_begin) for name, raw in header.items() if name !=
-            "__metadata__"
+            name: _entry(path, name, raw, data_begin)
+            for name, raw in header.items()
+            if name != "__metadata__"
         }
         expected = max((entry.end for entry in self.entries.values()), default=data_begin)
         if expected != self.size_bytes:
@@ -107,7 +108,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is no valid JSON ({error})") from error
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is no safetensors file: its header is not a JSON object")
     return header
@@ -117,8 +118,8 @@ def _entry(path: Path, name: str, raw: Any, data_begin: int) -> TensorEntry:
     try:
         dtype_name, shape = raw["dtype"], tuple(raw["shape"])
         begin, end = raw["data_offsets"]
-        well_formed = all(type(number) is int and number >= 0 for number in (*shape, begin, end)) and begin <=
-        end
+        numbers = (*shape, begin, end)
+        well_formed = all(type(number) is int and number >= 0 for number in numbers) and begin <= end
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:

@@ -35,12 +35,10 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates the leading rotary_dim dimensions of each head of q and k by the angles of the token's
-    position.
+    """Rotates the leading rotary_dim dimensions of each head by the angles of the token's position.
 
     cos_sin: fp32 [max_position, rotary_dim], cos then sin; None until ``build_table``. It follows the module
-    to another device but stays fp32 whatever dtype the module is cast to, and it is no part of the state
-    dict.
+    to another device, stays fp32 whatever dtype the module is cast to, and is no part of the state dict.
     """
 
     cos_sin: Tensor | None
@@ -58,8 +56,8 @@ class RotaryEmbedding(nn.Module):
         return self.cos_sin
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q [num_tokens, num_q_heads, head_dim], k [num_tokens, num_kv_heads, head_dim], positions [num_tokens]
-        -> q and k rotated, same shapes and dtypes.
+        """q [num_tokens, num_q_heads, head_dim], k [num_tokens, num_kv_heads, head_dim] at
+        positions [num_tokens] -> q and k rotated, same shapes and dtypes.
 
         Raises RuntimeError before ``build_table``, IndexError for a position past the table.
         """
