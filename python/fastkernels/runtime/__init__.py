@@ -1,0 +1,1 @@
+"""Runs a plan: scheduler, KV cache, executor, sampler and the loop that joins them."""
