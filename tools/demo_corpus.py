@@ -73,7 +73,7 @@ def train_tokenizer(corpus: dict[str, dict[str, str]]) -> Tokenizer:
     )
     texts = list(corpus["library"].values()) + list(corpus["tests"].values())[::4]
     tokenizer.train_from_iterator(texts, trainer)
-    # As other Llama tokenizers do, a text is encoded with the start token, here the one that stands before a file:
+    # As with other Llama tokenizers, encoding adds the start token, here the one that stands before a file:
     # without it a prompt reads as the middle of something the model has not seen.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A",

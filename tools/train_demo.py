@@ -167,7 +167,10 @@ def validation_loss(model: nn.Module, ids: Tensor, rows: int, num_tokens: int, a
 
 
 def save_weights(model: Llama, path: Path) -> None:
-    state = {f"model.{name}": value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
+    state = {
+        f"model.{name}": value.detach().to("cpu", torch.bfloat16)
+        for name, value in model.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata={"format": "pt"})
 
@@ -195,13 +198,13 @@ def train(args: argparse.Namespace) -> None:
         lr=peak_rate, betas=(0.9, 0.95), fused=on_gpu,
     )  # fmt: skip
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.model}: {num_parameters} parameters, dropout {dropout}, {steps} steps on {device}", flush=True)
+    print(f"{args.model}: {num_parameters} parameters, dropout {dropout}, {steps} steps on {device}")
     runner: nn.Module = torch.compile(model) if on_gpu and not args.no_compile else model  # type: ignore[assignment]
 
     warmup = max(1, min(200, steps // 10))
     best_loss, started = math.inf, time.monotonic()
     for step in range(steps):
-        # The time limit shortens the schedule rather than cutting it off, so that the rate always reaches zero.
+        # The time limit shortens the schedule rather than cutting it off, so that the rate reaches zero.
         elapsed = (time.monotonic() - started) / (60 * args.max_minutes)
         progress = max(step / steps, elapsed)
         if progress >= 1:
@@ -233,7 +236,7 @@ def train(args: argparse.Namespace) -> None:
             )
     if on_gpu:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() >> 20} MiB")
-    print(f"{args.model}: best validation loss {best_loss:.4f} (perplexity {math.exp(best_loss):.3f})", flush=True)
+    print(f"{args.model}: best validation loss {best_loss:.4f} (perplexity {math.exp(best_loss):.3f})")
 
 
 def huggingface_config(shape: Shape) -> dict[str, object]:
@@ -276,7 +279,7 @@ def perplexity(model: nn.Module, ids: Tensor) -> tuple[float, float]:
 
 
 def package(args: argparse.Namespace) -> None:
-    """Writes the two model folders, the held-out text and its figures; the model card quotes those figures."""
+    """Writes the two model folders, the held-out text and its figures, which the model card quotes."""
     heldout = (args.work / "heldout.txt").read_bytes()
     ids = torch.from_numpy(np.load(args.work / "heldout.npy").astype(np.int64))
     figures: dict[str, object] = {
@@ -315,7 +318,8 @@ def package(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("prepare", "read the corpus, train the tokenizer, write the token ids"),
@@ -323,7 +327,7 @@ def main() -> None:
         ("package", "measure the held-out perplexity and write the model folders"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--work", type=Path, required=True, help="folder of the corpus and the trained weights")
+        command.add_argument("--work", type=Path, required=True, help="folder of corpus and weights")
         if name == "prepare":
             command.add_argument("--stdlib", type=Path, required=True, help="the Lib folder of a CPython")
         elif name == "package":
@@ -341,12 +345,15 @@ def main() -> None:
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
-    if args.command == "prepare":
-        prepare(args.stdlib, args.work)
-    elif args.command == "train":
-        train(args)
-    else:
-        package(args)
+    try:
+        if args.command == "prepare":
+            prepare(args.stdlib, args.work)
+        elif args.command == "train":
+            train(args)
+        else:
+            package(args)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(f"{error} (the order is prepare, train both models, package)")
 
 
 if __name__ == "__main__":
