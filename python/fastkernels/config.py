@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+from fastkernels.errors import SamplingError
 
 if TYPE_CHECKING:
     import torch
@@ -337,3 +340,142 @@ def _positive_number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"config.json has {value!r} for {what}; it must be a positive number")
     return float(value)
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends. None: the checkpoint's generation_config.json
+    decides, else the value in brackets.
+
+    max_tokens:         tokens to generate at most; from 1
+    temperature:        0 takes the likeliest token; [0, or 1 where the checkpoint asks for sampling]
+    top_k:              sample among the k likeliest tokens; 0 is off [0]
+    top_p:              sample among the likeliest that hold this probability together; (0, 1] [1]
+    min_p:              drop tokens less likely than min_p times the likeliest; [0, 1] [0]
+    repetition_penalty: divides positive and multiplies negative logits of tokens that occurred; > 0 [1]
+    presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and per occurrence
+    seed:               the same seed gives the same text, whatever else runs; None draws one
+    stop:               texts that end the output, which is cut before them
+    stop_token_ids:     tokens that end the output, beside the checkpoint's own
+    ignore_eos:         go on after the checkpoint's stop tokens
+    logprobs:           how many of the likeliest tokens to report beside the chosen one; None reports none
+    Raises SamplingError for a value outside its range.
+    """
+
+    max_tokens: int = 128
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._integer("max_tokens", 1, 2**31 - 1)
+        self._number("temperature", 0.0, math.inf)
+        self._integer("top_k", 0, 2**31 - 1)
+        self._number("top_p", 0.0, 1.0, above=True)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, math.inf, above=True)
+        self._number("presence_penalty", -math.inf, math.inf)
+        self._number("frequency_penalty", -math.inf, math.inf)
+        self._integer("seed", -(2**63), 2**63 - 1)
+        self._integer("logprobs", 0, MAX_LOGPROBS)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise SamplingError(f"stop is {stop!r}; it must be texts of at least one character")
+        if not all(type(token) is int and token >= 0 for token in self.stop_token_ids):
+            raise SamplingError(f"stop_token_ids is {self.stop_token_ids!r}; they must be integers from 0")
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if value is None and name != "max_tokens":
+            return
+        if type(value) is not int or not low <= value <= high:
+            raise SamplingError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+
+    def _number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and not name.endswith(("presence_penalty", "frequency_penalty")):
+            return
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not sound or not (low < value if above else low <= value) or value > high:
+            bounds = f" {'above' if above else 'from'} {low:g}" if math.isfinite(low) else ""
+            bounds += f" to {high:g}" if math.isfinite(high) else ""
+            raise SamplingError(f"{name} is {value!r}; it must be a finite number{bounds}")
+
+
+MAX_LOGPROBS = 64
+
+
+# --- the engine ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much an engine takes on at once, and on what.
+
+    device:            "auto" (CUDA where there is a GPU and this build has kernels for it), "cuda", "cpu"
+    dtype:             "auto" (the checkpoint's on CUDA, fp32 on the CPU), "bf16", "fp16", "fp32"
+    max_seq_len:       tokens of a prompt and its output together; None: the model's, or what the KV cache holds
+    max_num_seqs:      requests that run at once
+    max_num_tokens:    tokens of a step at most; longer prompts go in chunks
+    page_size:         tokens of a KV cache page; a power of two
+    kv_cache_bytes:    of the KV cache; None: kv_cache_fraction of the GPU memory that is left
+    disabled_passes:   compiler passes to leave out
+    cuda_graphs:       replay small steps as CUDA graphs
+    random_weights:    seeded random weights at the model's shapes, for benchmarks
+    Raises ConfigError for a value outside its range.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_seq_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_tokens: int = 8192
+    page_size: int = 16
+    kv_cache_bytes: int | None = None
+    kv_cache_fraction: float = 0.9
+    disabled_passes: tuple[str, ...] = ()
+    cuda_graphs: bool = True
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
+        if self.device not in DEVICES and not self.device.removeprefix("cuda:").isdigit():
+            raise ConfigError(f"device is {self.device!r}; it must be auto, cuda, cuda:<index> or cpu")
+        if self.dtype not in ENGINE_DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(ENGINE_DTYPES)}")
+        for name, low in (("max_seq_len", 2), ("max_num_seqs", 1), ("max_num_tokens", 1), ("kv_cache_bytes", 1)):
+            value = getattr(self, name)
+            if value is None and name in ("max_seq_len", "kv_cache_bytes"):
+                continue
+            if type(value) is not int or not low <= value < 2**63:
+                raise ConfigError(f"{name} is {value!r}; it must be an integer from {low}")
+        if type(self.page_size) is not int or self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ConfigError(f"page_size is {self.page_size!r}; it must be a power of two")
+        if not 0 < self.kv_cache_fraction <= 1:
+            raise ConfigError(f"kv_cache_fraction is {self.kv_cache_fraction!r}; it must lie above 0 and be at most 1")
+
+
+DEVICES = ("auto", "cuda", "cpu")
+ENGINE_DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+# --- the environment ----------------------------------------------------------------------------------------------
+
+
+def debug() -> bool:
+    """Whether FASTKERNELS_DEBUG is set: checks that cost time (page ids against the cache, say) are made."""
+    return os.environ.get("FASTKERNELS_DEBUG", "") not in ("", "0")
