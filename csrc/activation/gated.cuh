@@ -1,0 +1,77 @@
+// What the gated activations share: out = f(gate) * up, with f in fp32 and one rounding at the end.
+//
+//   x  [num_tokens, 2 * size] (the gate, then up), any row stride     out  [num_tokens, size]
+//
+// A thread owns 16 bytes of the output (or one element where the addresses are odd); blocks are as small as it takes to
+// reach every SM with one token. Bytes: 3 * size * sizeof(T) a token.
+#pragma once
+
+#include <algorithm>
+
+#include "common/launch.h"
+#include "common/ptx/pdl.cuh"
+#include "common/vec.cuh"
+#include "fastkernels/activation.h"
+
+namespace fastkernels {
+
+inline constexpr int kGatedMaxThreads = 256;
+
+// x * sigmoid(y). The fast forms are within 1e-6 of the exact ones: below the rounding of a 16-bit result, not of fp32.
+template <typename T>
+__device__ __forceinline__ float times_sigmoid(float x, float y) {
+    if constexpr (sizeof(T) == 2) {
+        return __fdividef(x, 1.0f + __expf(-y));
+    } else {
+        return x / (1.0f + expf(-y));
+    }
+}
+
+template <typename Activation, typename T, int kVec>
+__global__ void __launch_bounds__(kGatedMaxThreads) gated_kernel(const GatedParams p, unsigned blocks_per_token) {
+    const int64_t token = blockIdx.x / blocks_per_token;
+    const int64_t at = (static_cast<int64_t>(blockIdx.x % blocks_per_token) * blockDim.x + threadIdx.x) * kVec;
+    pdl_wait();
+    pdl_launch_dependents();
+    if (at >= p.size) {
+        return;
+    }
+    const T* x = static_cast<const T*>(p.x) + token * p.x_token_stride + at;
+    const auto gate = load_vec<kVec>(x);
+    const auto up = load_vec<kVec>(x + p.size);
+    Vec<T, kVec> y;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        y[i] = from_float<T>(Activation::template apply<T>(to_float(gate[i])) * to_float(up[i]));
+    }
+    store_vec(static_cast<T*>(p.out) + token * p.out_token_stride + at, y);
+}
+
+template <typename Activation>
+void launch_gated(const GatedParams& p, void* stream) {
+    if (p.num_tokens == 0 || p.size == 0) {
+        return;
+    }
+    visit_float(p.dtype, [&]<typename T>() {
+        const auto run = [&]<int kVec>() {
+            const int64_t pieces = p.size / kVec;
+            const int64_t warps = (p.num_tokens * pieces / num_sms() + 31) / 32;
+            const auto threads = static_cast<unsigned>(std::clamp<int64_t>(warps * 32, 32, kGatedMaxThreads));
+            const auto blocks_per_token = static_cast<unsigned>((pieces + threads - 1) / threads);
+            launch(gated_kernel<Activation, T, kVec>,
+                   {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token),
+                    .block = dim3(threads),
+                    .pdl = true},
+                   stream, p, blocks_per_token);
+        };
+        constexpr int kWide = kVecElements<T>;
+        const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.out);
+        if (address % 16 == 0 && (p.x_token_stride | p.out_token_stride | p.size) % kWide == 0) {
+            run.template operator()<kWide>();
+        } else {
+            run.template operator()<1>();
+        }
+    });
+}
+
+}  // namespace fastkernels

@@ -1,0 +1,48 @@
+#include "fastkernels/kv_cache.h"
+
+#include "bindings/tensor.h"
+
+namespace fastkernels {
+namespace {
+
+void append_kv(Tensor k, Tensor v, Tensor kv_cache, Tensor slot_mapping) {
+    check(k.dim() == 3 && v.dim() == 3 && kv_cache.dim() == 5, "append_kv: k and v must have 3 dimensions, kv_cache 5");
+    AppendKvParams p{};
+    p.k = in(k);
+    p.v = in(v);
+    p.kv_cache = out(kv_cache);
+    p.num_tokens = k.size(0);
+    p.num_pages = kv_cache.size(0);
+    p.k_token_stride = k.stride(0);
+    p.k_head_stride = k.stride(1);
+    p.v_token_stride = v.stride(0);
+    p.v_head_stride = v.stride(1);
+    p.num_kv_heads = static_cast<int32_t>(k.size(1));
+    p.head_dim = static_cast<int32_t>(k.size(2));
+    p.page_size = static_cast<int32_t>(kv_cache.size(3));
+    p.dtype = dtype_of(k, "k");
+    check(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2), "append_kv: v must be like k");
+    check(kv_cache.size(1) == 2 && kv_cache.size(2) == k.size(1) && kv_cache.size(4) == k.size(2) &&
+              kv_cache.is_contiguous(),
+          "append_kv: kv_cache must be contiguous [num_pages, 2, num_kv_heads, page_size, head_dim]");
+    check(dtype_of(v, "v") == p.dtype && dtype_of(kv_cache, "kv_cache") == p.dtype,
+          "append_kv: v and kv_cache must have the dtype of k");
+    check(dtype_of(slot_mapping, "slot_mapping") == DType::i64 && slot_mapping.numel() == p.num_tokens &&
+              slot_mapping.is_contiguous(),
+          "append_kv: slot_mapping must be contiguous int64 [num_tokens]");
+    p.slot_mapping = static_cast<const int64_t*>(in(slot_mapping));
+    FK_LAUNCH(append_kv, k, p);
+}
+
+void register_kv_cache(torch::stable::detail::StableLibrary& m) {
+    m.impl("append_kv", TORCH_BOX(&append_kv));
+}
+
+}  // namespace
+}  // namespace fastkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
+    m.def("append_kv(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+}
+
+FK_REGISTER_IMPLS(fastkernels::register_kv_cache)

@@ -1,0 +1,34 @@
+// The paged KV cache of a layer: [num_pages, 2, num_kv_heads, page_size, head_dim], 0 is K, 1 is V, contiguous, so
+// that one page of one head is contiguous. Pointers are the GPU's for *_cuda, the CPU's for *_cpu.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace fastkernels {
+
+// A slot is page * page_size + offset. A negative one, or one past the cache, is written nothing.
+struct AppendKvParams {
+    const void* k;                // [num_tokens, num_kv_heads, head_dim], last dimension contiguous
+    const void* v;                // like k
+    void* kv_cache;               // [num_pages, 2, num_kv_heads, page_size, head_dim]
+    const int64_t* slot_mapping;  // [num_tokens]
+    int64_t num_tokens, num_pages;
+    int64_t k_token_stride, k_head_stride;  // elements
+    int64_t v_token_stride, v_head_stride;
+    int32_t num_kv_heads, head_dim, page_size;
+    DType dtype;  // of k, v and kv_cache
+};
+
+// Where the head_dim elements of a slot begin, in elements; kv is 0 for K, 1 for V.
+constexpr int64_t kv_cache_offset(int64_t slot, int kv, int64_t head, int64_t num_kv_heads, int64_t page_size,
+                                  int64_t head_dim) {
+    const int64_t page = slot / page_size, offset = slot - page * page_size;
+    return (((page * 2 + kv) * num_kv_heads + head) * page_size + offset) * head_dim;
+}
+
+void append_kv_cuda(const AppendKvParams& p, void* stream);
+void append_kv_cpu(const AppendKvParams& p);
+
+}  // namespace fastkernels

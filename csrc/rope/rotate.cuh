@@ -1,0 +1,174 @@
+// What rope and rope_append_kv share: one kernel over the heads of q and k (and v).
+//
+//   q, q_out  [num_tokens, num_q_heads, head_dim]      k, v, k_out  [num_tokens, num_kv_heads, head_dim]
+//   cos_sin   [max_position, rotary_dim] fp32          kv_cache     [num_pages, 2, num_kv_heads, page_size, head_dim]
+//
+// A thread owns one unit: kVec pairs of a head of q or k (two 16-byte pieces; one pair where the addresses or sizes are
+// odd), or kVec elements of what is copied (the rest of a head past rotary_dim, and v). A token's units are spread over
+// as many blocks as they fill, so that one token of 32 + 8 heads already has several. The pairs turn in fp32 and round
+// once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim * sizeof(T), and rotary_dim * 4 of
+// cos_sin, which its heads share in L1.
+#pragma once
+
+#include <algorithm>
+
+#include "common/launch.h"
+#include "common/ptx/pdl.cuh"
+#include "common/vec.cuh"
+#include "fastkernels/kv_cache.h"
+#include "fastkernels/rope.h"
+
+namespace fastkernels {
+
+inline constexpr int kRopeThreads = 128;
+
+template <int kVec>
+__device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) {
+    if constexpr (kVec % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < kVec; j += 4) {
+            const auto v = load_vec<4>(p + j);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                out[j + i] = v[i];
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            out[i] = p[i];
+        }
+    }
+}
+
+// y = x turned, of the pairs [unit * kVec, (unit + 1) * kVec) of a head; y may be x.
+template <typename T, int kVec, bool kInterleaved>
+__device__ __forceinline__ void rotate_unit(const T* x, T* y, const float* cos_sin, int half, int unit) {
+    // The two pieces: pairs (first[i], second[i]), or interleaved (2 kVec elements in a row).
+    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
+    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
+    const auto first = load_vec<kVec>(x + first_at), second = load_vec<kVec>(x + second_at);
+    float cosine[kVec], sine[kVec], in[2 * kVec], turned[2 * kVec];
+    load_floats(cos_sin + unit * kVec, cosine);
+    load_floats(cos_sin + half + unit * kVec, sine);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        in[i] = to_float(first[i]);
+        in[kVec + i] = to_float(second[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        const int a = kInterleaved ? 2 * i : i, b = kInterleaved ? 2 * i + 1 : kVec + i;
+        turned[a] = fmaf(in[a], cosine[i], -(in[b] * sine[i]));
+        turned[b] = fmaf(in[b], cosine[i], in[a] * sine[i]);
+    }
+    Vec<T, kVec> first_out, second_out;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        first_out[i] = from_float<T>(turned[i]);
+        second_out[i] = from_float<T>(turned[kVec + i]);
+    }
+    store_vec(y + first_at, first_out);
+    store_vec(y + second_at, second_out);
+}
+
+template <typename T, int kVec, bool kInterleaved, bool kAppend>
+__global__ void __launch_bounds__(kRopeThreads) rope_kernel(const RopeParams p, unsigned blocks_per_token) {
+    const int64_t token = blockIdx.x / blocks_per_token;
+    int unit = blockIdx.x % blocks_per_token * blockDim.x + threadIdx.x;
+    const int half = p.rotary_dim / 2, rotated_units = half / kVec;
+    const int units_per_head = rotated_units + (p.head_dim - p.rotary_dim) / kVec;
+    const int q_units = p.num_q_heads * units_per_head, k_units = p.num_kv_heads * units_per_head;
+    const int v_units_per_head = p.head_dim / kVec;
+    pdl_wait();
+    pdl_launch_dependents();
+
+    // Which head this unit is of, where from, where to.
+    const T* from;
+    T* to;
+    if (unit < q_units) {
+        const int head = unit / units_per_head;
+        unit -= head * units_per_head;
+        from = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
+        to = static_cast<T*>(p.q_out) + token * p.q_out_token_stride + head * p.q_out_head_stride;
+    } else {
+        unit -= q_units;
+        const bool is_v = kAppend && unit >= k_units;
+        if (is_v) {
+            unit -= k_units;
+        }
+        const int head = unit / (is_v ? v_units_per_head : units_per_head);
+        if (head >= p.num_kv_heads) {
+            return;  // past the token's last unit
+        }
+        unit -= head * (is_v ? v_units_per_head : units_per_head);
+        from = is_v ? static_cast<const T*>(p.v) + token * p.v_token_stride + head * p.v_head_stride
+                    : static_cast<const T*>(p.k) + token * p.k_token_stride + head * p.k_head_stride;
+        if constexpr (kAppend) {
+            const int64_t slot = p.slot_mapping[token];
+            if (slot < 0 || slot >= p.num_pages * p.page_size) {
+                return;
+            }
+            to = static_cast<T*>(p.kv_cache) +
+                 kv_cache_offset(slot, is_v, head, p.num_kv_heads, p.page_size, p.head_dim);
+        } else {
+            to = static_cast<T*>(p.k_out) + token * p.k_out_token_stride + head * p.k_out_head_stride;
+        }
+        if (is_v) {
+            store_vec(to + unit * kVec, load_vec<kVec>(from + unit * kVec));
+            return;
+        }
+    }
+    if (unit >= rotated_units) {
+        const int at = p.rotary_dim + (unit - rotated_units) * kVec;
+        store_vec(to + at, load_vec<kVec>(from + at));
+        return;
+    }
+    int64_t position = p.position_dtype == DType::i32 ? static_cast<const int32_t*>(p.positions)[token]
+                                                      : static_cast<const int64_t*>(p.positions)[token];
+    position = position < 0 ? 0 : position >= p.max_position ? p.max_position - 1 : position;
+    rotate_unit<T, kVec, kInterleaved>(from, to, p.cos_sin + position * p.rotary_dim, half, unit);
+}
+
+template <bool kAppend>
+void launch_rope(const RopeParams& p, void* stream) {
+    if (p.num_tokens == 0 || p.num_q_heads + p.num_kv_heads == 0 || p.head_dim == 0) {
+        return;
+    }
+    visit_float(p.dtype, [&]<typename T>() {
+        const auto run = [&]<int kVec, bool kInterleaved>() {
+            const int64_t per_head = (p.rotary_dim / 2 + p.head_dim - p.rotary_dim) / kVec;
+            const int64_t units = (p.num_q_heads + p.num_kv_heads) * per_head +
+                                  (kAppend ? int64_t{p.num_kv_heads} * (p.head_dim / kVec) : 0);
+            const auto threads = static_cast<unsigned>(std::min<int64_t>(kRopeThreads, (units + 31) / 32 * 32));
+            const auto blocks_per_token = static_cast<unsigned>((units + threads - 1) / threads);
+            launch(rope_kernel<T, kVec, kInterleaved, kAppend>,
+                   {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token),
+                    .block = dim3(threads),
+                    .pdl = true},
+                   stream, p, blocks_per_token);
+        };
+        const auto run_layout = [&]<int kVec>() {
+            if (p.interleaved) {
+                run.template operator()<kVec, true>();
+            } else {
+                run.template operator()<kVec, false>();
+            }
+        };
+        constexpr int kWide = kVecElements<T>;
+        const auto address = reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k) |
+                             reinterpret_cast<uintptr_t>(p.v) | reinterpret_cast<uintptr_t>(p.q_out) |
+                             reinterpret_cast<uintptr_t>(p.k_out) | reinterpret_cast<uintptr_t>(p.kv_cache) |
+                             reinterpret_cast<uintptr_t>(p.cos_sin);
+        const auto strides = p.q_token_stride | p.q_head_stride | p.k_token_stride | p.k_head_stride |
+                             p.v_token_stride | p.v_head_stride | p.q_out_token_stride | p.q_out_head_stride |
+                             p.k_out_token_stride | p.k_out_head_stride | p.head_dim | (p.rotary_dim / 2);
+        if (address % 16 == 0 && strides % kWide == 0) {
+            run_layout.template operator()<kWide>();
+        } else {
+            run_layout.template operator()<1>();
+        }
+    });
+}
+
+}  // namespace fastkernels
