@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastkernels.config import debug
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -38,7 +40,9 @@ def check_dtype(op: str, name: str, x: torch.Tensor, allowed: tuple[torch.dtype,
 
 def check_shape(op: str, name: str, x: torch.Tensor, expected: tuple[int | None, ...], words: str) -> None:
     """expected: a size per dimension, None for any; words: the shape in the docstring's words."""
-    fits = x.dim() == len(expected) and all(e is None or s == e for s, e in zip(x.shape, expected, strict=True))
+    fits = x.dim() == len(expected) and all(
+        e is None or s == e for s, e in zip(x.shape, expected, strict=True)
+    )
     if not fits:
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, but the op takes {words}")
 
@@ -51,16 +55,40 @@ def check_device(op: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"{op}: {first_name} is on {first}, but the op runs on cpu and cuda")
     for name, device in given.items():
         if device != first:
-            raise ValueError(f"{op}: {name} is on {device}, but {first_name} is on {first}; they must share a device")
+            raise ValueError(
+                f"{op}: {name} is on {device}, but {first_name} is on {first}; they must share a device"
+            )
 
 
 def check_last_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{op}: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
+            raise ValueError(
+                f"{op}: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}"
+            )
+
+
+def check_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, its strides are {list(x.stride())}")
+
+
+def check_range_in_debug(op: str, name: str, x: torch.Tensor, low: int, high: int, words: str) -> None:
+    """With FASTKERNELS_DEBUG set: every element of x is in [low, high). It reads x, so it waits for the GPU.
+
+    words: what the range is. Nothing is checked while torch.compile traces or a CUDA graph is captured.
+    """
+    if torch.compiler.is_compiling() or not debug() or x.device.type == "meta" or x.numel() == 0:
+        return
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    outside = x[(x < low) | (x >= high)]
+    if outside.numel():
+        raise ValueError(f"{op}: {name} holds {int(outside[0])}, but {words} lie in [{low}, {high})")
 
 
 def register_mutating_fake(*names: str) -> None:
-    """Fake kernels of ops that only write into tensors they are given: nothing to compute, nothing to return."""
+    """Fake kernels of ops that only write into tensors they are given: nothing to compute or return."""
     for name in names:
         torch.library.register_fake(f"fastkernels::{name}", lambda *args, **kwargs: None)

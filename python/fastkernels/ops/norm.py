@@ -15,7 +15,35 @@ from fastkernels.ops.checks import (
     require,
 )
 
-register_mutating_fake("rms_norm")
+register_mutating_fake("rms_norm", "add_rms_norm", "layer_norm")
+
+
+def _check_like_x(op: str, x: torch.Tensor, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        check_dtype(op, name, tensor, (x.dtype,))
+        check_shape(op, name, tensor, tuple(x.shape), "the shape of x")
+
+
+def _check_x_and_weights(op: str, x: torch.Tensor, **weights: torch.Tensor | None) -> None:
+    require(x.dim() in (2, 3), f"{op}: x has shape {list(x.shape)}, but the op takes 2 or 3 dimensions")
+    check_dtype(op, "x", x, FLOAT_DTYPES)
+    for name, weight in weights.items():
+        if weight is not None:
+            check_dtype(op, name, weight, (x.dtype,))
+            check_shape(op, name, weight, (x.shape[-1],), "[size], the last dimension of x")
+    check_device(op, x=x, **weights)
+    check_last_contiguous(op, x=x, **weights)
+
+
+def _check_out(op: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """out checked against x, or a new one."""
+    if out is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = as_tensor(out)
+    _check_like_x(op, x, out=out)
+    check_device(op, x=x, out=out)
+    check_last_contiguous(op, out=out)
+    return out
 
 
 def rms_norm(
@@ -33,15 +61,68 @@ def rms_norm(
     Source: Zhang and Sennrich 2019. Kernels: csrc/norm/rms_norm.cu, rms_norm.cpp
     """
     x, weight = as_tensor(x), as_tensor(weight)
-    require(x.dim() in (2, 3), f"rms_norm: x has shape {list(x.shape)}, but the op takes 2 or 3 dimensions")
-    check_dtype("rms_norm", "x", x, FLOAT_DTYPES)
-    check_dtype("rms_norm", "weight", weight, (x.dtype,))
-    check_shape("rms_norm", "weight", weight, (x.shape[-1],), "[size], the last dimension of x")
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    check_dtype("rms_norm", "out", out, (x.dtype,))
-    check_shape("rms_norm", "out", out, tuple(x.shape), "the shape of x")
-    check_device("rms_norm", x=x, weight=weight, out=out)
-    check_last_contiguous("rms_norm", x=x, weight=weight, out=out)
+    _check_x_and_weights("rms_norm", x, weight=weight)
+    out = _check_out("rms_norm", x, out)
     torch.ops.fastkernels.rms_norm(x, weight, eps, out)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual += x, rounded to its dtype; y = rms_norm(residual, weight, eps).
+
+    x:        [num_tokens, size] or [num_tokens, num_heads, size] bf16 | fp16 | fp32; last dimension
+              contiguous, any stride of the others
+    residual: like x, with strides of its own; changed in place
+    weight:   [size], dtype of x
+    eps:      added to the mean square
+    out:      like x, may be x itself but not the residual; allocated when None
+    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
+    Source: Zhang and Sennrich 2019. Kernels: csrc/norm/add_rms_norm.cu, add_rms_norm.cpp
+    """
+    x, residual, weight = as_tensor(x), as_tensor(residual), as_tensor(weight)
+    _check_x_and_weights("add_rms_norm", x, weight=weight)
+    _check_like_x("add_rms_norm", x, residual=residual)
+    check_device("add_rms_norm", x=x, residual=residual)
+    check_last_contiguous("add_rms_norm", residual=residual)
+    require(
+        out is not residual, "add_rms_norm: out is the residual, but the op writes both: it takes two tensors"
+    )
+    out = _check_out("add_rms_norm", x, out)
+    torch.ops.fastkernels.add_rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension; var divides by size.
+
+    x:      [num_tokens, size] or [num_tokens, num_heads, size] bf16 | fp16 | fp32; last dimension contiguous,
+            any stride of the others
+    weight: [size], dtype of x
+    bias:   like weight, or None for zero
+    eps:    added to the variance
+    out:    like x, may be x itself; allocated when None
+    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
+    Source: Ba, Kiros and Hinton 2016. Kernels: csrc/norm/layer_norm.cu, layer_norm.cpp
+    """
+    x, weight = as_tensor(x), as_tensor(weight)
+    bias = None if bias is None else as_tensor(bias)
+    _check_x_and_weights("layer_norm", x, weight=weight, bias=bias)
+    out = _check_out("layer_norm", x, out)
+    torch.ops.fastkernels.layer_norm(x, weight, bias, eps, out)
     return out

@@ -7,8 +7,152 @@ from __future__ import annotations
 
 import torch
 
-# --- norm -------------------------------------------------------------------------------------------------------
+# --- norm ---------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (out, the new residual)."""
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    return y if bias is None else y + bias
+
+
+# --- rope ---------------------------------------------------------------------------------------------------
+
+
+def rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary_dim = cos_sin.shape[-1]
+    rows = cos_sin.to(q.dtype)[positions.long().clamp(0, cos_sin.shape[0] - 1)][:, None, :]
+    cosine, sine = rows.chunk(2, dim=-1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+        if interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), dim=-1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, dim=-1)
+            turned = torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+        return torch.cat((turned, rest), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def rope_append_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    interleaved: bool,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (q rotated, the new cache)."""
+    q, k = rope(q, k, positions, cos_sin, interleaved)
+    return q, append_kv(k, v, kv_cache, slot_mapping)
+
+
+# --- kv_cache -----------------------------------------------------------------------------------------------
+
+
+def append_kv(
+    k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> torch.Tensor:
+    """Returns the new cache."""
+    cache, page_size = kv_cache.clone(), kv_cache.shape[3]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if 0 <= slot < cache.shape[0] * page_size:
+            cache[slot // page_size, 0, :, slot % page_size] = k[token]
+            cache[slot // page_size, 1, :, slot % page_size] = v[token]
+    return cache
+
+
+# --- activation ---------------------------------------------------------------------------------------------
+
+
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def gelu_mul(x: torch.Tensor, approximate_tanh: bool = False) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if approximate_tanh else "none") * up
+
+
+# --- embedding ----------------------------------------------------------------------------------------------
+
+
+def gather_rows(x: torch.Tensor, row_indices: torch.Tensor) -> torch.Tensor:
+    inside = (row_indices >= 0) & (row_indices < x.shape[0])
+    out = torch.zeros(row_indices.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+    out[inside] = x[row_indices[inside].long()]
+    return out
+
+
+def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return gather_rows(table, token_ids)
+
+
+def resolve_token_ids(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    last = sampled.tolist()
+    ids = [i if i >= 0 else last[-i - 1] if -i <= len(last) else -1 for i in token_ids.tolist()]
+    return torch.tensor(ids, dtype=torch.int32, device=token_ids.device)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+def token_probabilities(
+    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
+    """The distribution that fastkernels.ops.sample draws from, for one row [vocab_size]."""
+    if temperature <= 0.0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).to(logits.dtype)
+    order = torch.argsort(logits, descending=True, stable=True)  # of equal logits the lowest id first
+    scores = logits[order] / temperature
+    if top_k > 0:
+        scores[top_k:] = -torch.inf
+    if top_p < 1.0:
+        probabilities = scores.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        reached = before >= top_p
+        reached[0] = False
+        scores[reached] = -torch.inf
+    probabilities = scores.softmax(-1)
+    probabilities[probabilities < min_p * probabilities[0]] = 0.0
+    return torch.zeros_like(logits).scatter(0, order, probabilities / probabilities.sum())
+
+
+def penalize(
+    logits: torch.Tensor,
+    in_prompt: torch.Tensor,
+    output_counts: torch.Tensor,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> torch.Tensor:
+    """in_prompt bool and output_counts int are [num_seqs, vocab_size], the penalties [num_seqs]."""
+    repeated = torch.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
+    logits = torch.where(in_prompt | (output_counts > 0), repeated, logits)
+    return logits - frequency[:, None] * output_counts - presence[:, None] * (output_counts > 0)
