@@ -1,0 +1,53 @@
+"""From a model's configuration to a plan: trace, passes, lowering. Nothing is computed, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fastkernels.compiler.graph import CompileError, WeightSpec
+from fastkernels.compiler.ledger import EngineMemoryError, Ledger, format_bytes
+from fastkernels.compiler.lower import count_kernels, lower
+from fastkernels.compiler.memory import ArenaLayout, arena_layout
+from fastkernels.compiler.passes import PASSES, UnknownPassError, enabled_passes
+from fastkernels.compiler.plan import Buffer, Plan, Report, Step
+from fastkernels.compiler.trace import trace
+from fastkernels.config import ModelConfig
+
+__all__ = [
+    "PASSES",
+    "ArenaLayout",
+    "Buffer",
+    "CompileError",
+    "EngineMemoryError",
+    "Ledger",
+    "Plan",
+    "Report",
+    "Step",
+    "UnknownPassError",
+    "WeightSpec",
+    "arena_layout",
+    "compile_model",
+    "format_bytes",
+]
+
+
+def compile_model(config: ModelConfig, *, disabled_passes: Collection[str] = ()) -> Plan:
+    """The plan of the model that ``config`` describes.
+
+    disabled_passes: names in PASSES to leave out; the plan computes the same with more kernels
+    Raises UnknownPassError, UnsupportedModelError, or CompileError naming what has no step.
+    """
+    passes = enabled_passes(disabled_passes)
+    graph = trace(config)
+    kernels_before = count_kernels(graph)
+    after_pass = {}
+    for name, run in passes.items():
+        graph = run(graph)
+        after_pass[name] = count_kernels(graph)
+    lowered = lower(graph)
+    report = Report(
+        kernels_before, len(lowered.steps), after_pass, tuple(name for name in PASSES if name not in passes)
+    )
+    return Plan(
+        config, lowered.steps, lowered.head_start, lowered.output, lowered.buffers, graph.weights, report
+    )

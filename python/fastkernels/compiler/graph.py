@@ -1,0 +1,106 @@
+"""The compiler's graph: what a trace yields, what every pass takes and returns, what lowering reads.
+
+A value is one tensor of a step, flat over rows: [num_tokens, *row_shape], or [num_logits, *row_shape] in the
+head. A node computes values from values. Values, nodes and graphs are immutable; a pass returns another
+graph, in which a replacing node makes the very values its predecessors made, so nothing downstream is
+renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Literal
+
+from fastkernels.config import ModelConfig
+
+Rows = Literal["tokens", "logits"]
+Attribute = int | float | str | bool | None
+
+
+class CompileError(ValueError):
+    """A model holds something the compiler has no step for; the message names it and what is known."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """name: unique in its graph; row_shape: the shape without the rows; dtype: "model" or "int32"."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    rows: Rows = "tokens"
+    dtype: str = "model"
+
+    @property
+    def row_size(self) -> int:
+        """Elements of a row."""
+        return prod(self.row_shape)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One tensor of the engine and the checkpoint tensors it is made of.
+
+    how: "copy" one source | "concat_rows": the sources one below the other (a merged projection)
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    how: Literal["copy", "concat_rows"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """op, a word of ``lower.py``; inputs and outputs in that op's order; weights: names of WeightSpecs."""
+
+    op: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    weights: tuple[str, ...] = ()
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """nodes are in the order they run; append_kv and paged_attention keep theirs, sharing the cache."""
+
+    config: ModelConfig
+    nodes: tuple[Node, ...]
+    output: Value
+    weights: Mapping[str, WeightSpec]
+
+    def producers(self) -> dict[Value, int]:
+        """Value -> index of the node that makes it."""
+        return {value: index for index, node in enumerate(self.nodes) for value in node.outputs}
+
+    def users(self) -> dict[Value, list[int]]:
+        """Value -> indices of the nodes that read it, in order; the output has one more, past the end."""
+        found: dict[Value, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for value in dict.fromkeys(node.inputs):
+                found.setdefault(value, []).append(index)
+        found.setdefault(self.output, []).append(len(self.nodes))
+        return found
+
+    def rewrite(
+        self,
+        replacements: Mapping[int, Iterable[Node]],
+        *,
+        new_weights: Iterable[WeightSpec] = (),
+        output: Value | None = None,
+    ) -> Graph:
+        """The graph with the node at each index of ``replacements`` replaced by those nodes (none: removed).
+
+        Weights that no node names any more are dropped.
+        """
+        nodes = [new for index, node in enumerate(self.nodes) for new in replacements.get(index, (node,))]
+        weights = {**self.weights, **{spec.name: spec for spec in new_weights}}
+        used = {name for node in nodes for name in node.weights}
+        kept = {name: spec for name, spec in weights.items() if name in used}
+        return replace(self, nodes=tuple(nodes), weights=kept, output=output or self.output)
