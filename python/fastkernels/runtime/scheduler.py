@@ -62,7 +62,7 @@ class Batch:
     """One step, by rows in ascending order.
 
     requests: those with tokens in this step; starts, counts: their first token and number of tokens, as in requests
-    samples:  those whose last token is among them, in the order of their logits rows
+    samples:  those whose last token is among them, in the order of their logits rows; sampled: as flags of requests
     admitted: those that were given a row in this step
     """
 
@@ -70,6 +70,7 @@ class Batch:
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     samples: list[Request] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     decodes_only: bool = True  # every request has one token, and samples
@@ -222,11 +223,12 @@ class Scheduler:
             starts.append(start)
             counts.append(count)
             batch.num_tokens += count
-            if start + count == request.num_tokens:
+            samples_now = start + count == request.num_tokens
+            batch.sampled.append(samples_now)
+            if samples_now:
                 samples.append(request)
                 request.num_tokens += 1
-                batch.decodes_only = batch.decodes_only and count == 1
-            else:
+            if count != 1 or not samples_now:
                 batch.decodes_only = False
         return batch
 
