@@ -1,0 +1,29 @@
+// What the launcher of attention hands to the tensor-core kernel, one instantiation file a head size.
+#pragma once
+
+#include <vector_types.h>
+
+#include "fastkernels/attention.h"
+#include "host/attention_work_map.h"
+
+namespace fastkernels {
+
+// Pages are brought to the form of contiguous keys: key row r is at k + r * k_token_stride + kv_head * k_head_stride
+// and at v alike, where r = page * page_rows + offset in the page.
+struct AttentionMmaArgs {
+    AttentionParams p;
+    int32_t group;        // query heads a KV head
+    int32_t page_shift;   // log2(page_size)
+    uint32_t page_rows;   // rows of head_dim elements in a page, K and V of all heads
+    float exponent;       // the weight of a score s is 2^(exponent * s); with a soft cap s is the tanh
+    float tanh_exponent;  // e^2x = 2^(tanh_exponent * score), x = scale * score / soft_cap
+    int64_t item_offset;
+};
+
+template <typename T, int D>
+void attention_mma(const AttentionMmaArgs& a, dim3 grid, void* stream);
+
+// Plain FMA for fp32 and for any head_dim up to 256; ignores the work map.
+void attention_plain_cuda(const AttentionMmaArgs& a, void* stream);
+
+}  // namespace fastkernels

@@ -1,0 +1,191 @@
+// The work map of a step: which block does which row tile over which part of the keys (host/attention_work_map.h).
+//
+// One block, three phases: (1) a scan over the sequences counts their row tiles; (2) a thread a tile counts the blocks
+// of keys the tile sees, whose sum W gives the length of a split, c = ceil(W / target_items) but at least
+// kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
+// So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Tiles of a
+// sequence come last first, since under a causal mask those see most keys.
+// Bytes: 8 a sequence read, 48 an item written.
+#include "common/launch.h"
+#include "common/ptx/pdl.cuh"
+#include "fastkernels/attention.h"
+#include "host/attention_work_map.h"
+
+namespace fastkernels {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+
+__device__ __forceinline__ uint64_t warp_inclusive_scan(uint64_t x) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const uint64_t y = __shfl_up_sync(0xffffffffu, x, offset);
+        x += static_cast<int>(threadIdx.x % 32) >= offset ? y : 0;
+    }
+    return x;
+}
+
+// Sum of x over the threads before this one; total: over all. Every thread of the block calls it.
+__device__ uint64_t block_exclusive_scan(uint64_t x, uint64_t* total, uint64_t* scratch) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint64_t inclusive = warp_inclusive_scan(x);
+    __syncthreads();  // scratch may still be read from an earlier call
+    if (lane == 31) {
+        scratch[warp] = inclusive;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        scratch[lane] = warp_inclusive_scan(scratch[lane]);
+    }
+    __syncthreads();
+    *total = scratch[kWarps - 1];
+    return inclusive - x + (warp == 0 ? 0 : scratch[warp - 1]);
+}
+
+struct PlanArgs {
+    AttentionPlanParams p;
+    int32_t group, tile_rows, target, num_counters;
+    int64_t item_offset, most_items;
+};
+
+struct Lengths {
+    int q_begin, len_q, k_begin, len_k;
+};
+
+__device__ __forceinline__ Lengths lengths(const AttentionPlanParams& p, int seq) {
+    Lengths s;
+    s.q_begin = p.cu_seqlens_q[seq];
+    s.len_q = max(p.cu_seqlens_q[seq + 1] - s.q_begin, 0);
+    s.k_begin = p.cu_seqlens_k != nullptr ? p.cu_seqlens_k[seq] : 0;
+    s.len_k = max(p.cu_seqlens_k != nullptr ? p.cu_seqlens_k[seq + 1] - s.k_begin : p.seq_lens[seq], 0);
+    return s;
+}
+
+__device__ __forceinline__ int count_tiles(int len_q, const PlanArgs& a) {
+    const int64_t rows = static_cast<int64_t>(len_q) * a.group;
+    return rows <= kDecodeRows ? (rows > 0) : static_cast<int>((rows + a.tile_rows - 1) / a.tile_rows);
+}
+
+struct Tile {
+    int seq, index, rows, key_blocks;
+    Lengths lengths;
+};
+
+// first_tile: [num_seqs + 1], the exclusive scan of count_tiles
+__device__ Tile find_tile(int t, const int* first_tile, const PlanArgs& a) {
+    int low = 0, high = static_cast<int>(a.p.num_seqs) - 1;  // the last sequence whose first tile is <= t
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (first_tile[middle] <= t) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    Tile tile;
+    tile.seq = low;
+    tile.lengths = lengths(a.p, low);
+    tile.index = first_tile[low + 1] - 1 - t;
+    const int len_q = tile.lengths.len_q, len_k = tile.lengths.len_k;
+    const int64_t all_rows = static_cast<int64_t>(len_q) * a.group;
+    const int64_t first_row = static_cast<int64_t>(tile.index) * a.tile_rows;
+    tile.rows = static_cast<int>(min(all_rows - first_row, static_cast<int64_t>(a.tile_rows)));
+    const int first_token = static_cast<int>(first_row / a.group);
+    const int last_token = static_cast<int>((first_row + tile.rows - 1) / a.group);
+    const int end = a.p.causal ? min(len_k, len_k - len_q + last_token + 1) : len_k;
+    const int begin = a.p.window > 0 ? max(0, len_k - len_q + first_token - a.p.window + 1) : 0;
+    tile.key_blocks = max(0, end - begin + kTileKeys - 1) / kTileKeys;
+    return tile;
+}
+
+__global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs a) {
+    extern __shared__ int first_tile[];
+    __shared__ uint64_t scratch[kWarps];
+    const int thread = threadIdx.x, num_seqs = static_cast<int>(a.p.num_seqs);
+    pdl_wait();
+
+    uint64_t num_tiles = 0, total;
+    for (int base = 0; base < num_seqs; base += kThreads) {
+        const int seq = base + thread;
+        const uint64_t tiles = seq < num_seqs ? count_tiles(lengths(a.p, seq).len_q, a) : 0;
+        const uint64_t before = block_exclusive_scan(tiles, &total, scratch);
+        if (seq < num_seqs) {
+            first_tile[seq] = static_cast<int>(num_tiles + before);
+        }
+        num_tiles += total;
+    }
+    if (thread == 0) {
+        first_tile[num_seqs] = static_cast<int>(num_tiles);
+    }
+    for (int i = thread; i < a.num_counters; i += kThreads) {
+        a.p.work_map[kHeaderInts + i] = 0;
+    }
+    __syncthreads();
+
+    uint64_t key_blocks = 0, all_key_blocks;
+    for (int t = thread; t < static_cast<int>(num_tiles); t += kThreads) {
+        key_blocks += find_tile(t, first_tile, a).key_blocks;
+    }
+    block_exclusive_scan(key_blocks, &all_key_blocks, scratch);
+    const int64_t blocks_per_split =
+        max(static_cast<int64_t>(kMinSplitTiles), static_cast<int64_t>((all_key_blocks + a.target - 1) / a.target));
+
+    // One scan for three counts: items (24 bits), rows of partial results (24), split tiles (16).
+    WorkItem* items = reinterpret_cast<WorkItem*>(a.p.work_map + a.item_offset);
+    uint64_t done = 0;
+    for (int base = 0; base < static_cast<int>(num_tiles); base += kThreads) {
+        const int t = base + thread;
+        Tile tile{};
+        int splits = 0;
+        if (t < static_cast<int>(num_tiles)) {
+            tile = find_tile(t, first_tile, a);
+            splits = static_cast<int>((tile.key_blocks + blocks_per_split - 1) / blocks_per_split);
+            splits = max(1, min(splits, max_splits(tile.rows)));
+        }
+        const bool split = splits > 1;
+        const uint64_t counts = static_cast<uint64_t>(splits) |
+                                static_cast<uint64_t>(split ? splits * tile.rows : 0) << 24 |
+                                static_cast<uint64_t>(split) << 48;
+        const uint64_t before = done + block_exclusive_scan(counts, &total, scratch);
+        done += total;
+        const int64_t first_item = before & 0xffffff;
+        for (int s = 0; s < splits; ++s) {
+            if (first_item + s < a.most_items) {
+                int4* item = reinterpret_cast<int4*>(items + first_item + s);
+                item[0] = make_int4(tile.seq, tile.index, s, splits);
+                item[1] = make_int4(static_cast<int>(before >> 24 & 0xffffff), static_cast<int>(before >> 48),
+                                    tile.lengths.q_begin, tile.lengths.len_q);
+                item[2] = make_int4(tile.lengths.k_begin, tile.lengths.len_k, 0, 0);
+            }
+        }
+    }
+    if (thread == 0) {
+        a.p.work_map[0] = static_cast<int>(min(static_cast<int64_t>(done & 0xffffff), a.most_items));
+    }
+    pdl_launch_dependents();
+}
+
+}  // namespace
+
+void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
+    if (p.num_tokens == 0 || p.num_seqs == 0) {
+        return;
+    }
+    check(p.num_seqs <= 50000, "attention_plan takes up to 50000 sequences, got ", p.num_seqs);
+    check(reinterpret_cast<uintptr_t>(p.work_map) % 16 == 0, "the work map must be aligned to 16 bytes");
+    const int group = p.num_q_heads / p.num_kv_heads, sms = num_sms();
+    const int64_t target = target_items(p.num_kv_heads, sms);
+    const PlanArgs a{.p = p,
+                     .group = group,
+                     .tile_rows = prefill_rows(p.head_dim),
+                     .target = static_cast<int32_t>(target),
+                     .num_counters = static_cast<int32_t>(target * p.num_kv_heads),
+                     .item_offset = work_map_item_offset(p.num_kv_heads, sms),
+                     .most_items = max_items(p.num_tokens, p.num_seqs, group, p.head_dim, p.num_kv_heads, sms)};
+    const size_t shared_bytes = static_cast<size_t>(p.num_seqs + 1) * sizeof(int);
+    launch(attention_plan_kernel, {.grid = dim3(1), .block = dim3(kThreads), .shared_bytes = shared_bytes, .pdl = true},
+           stream, a);
+}
+
+}  // namespace fastkernels

@@ -1,0 +1,77 @@
+// The layout of attention's work map and workspace, and their bounds. Shared by the plan kernel that writes the map,
+// the attention kernel that reads it, and attention_sizes; no CUDA.
+//
+// The queries of one KV head are packed: row r of a sequence is (token r / group, head r % group), where group =
+// num_q_heads / num_kv_heads. A sequence of at most kDecodeRows rows is one decode tile, any other is cut into prefill
+// tiles of prefill_rows(head_dim) rows. A tile's keys, cut into blocks of kTileKeys, are given to one work item or
+// split among several, whose partial results are then combined. Items of all KV heads are alike.
+//
+//   int32  [0]                       number of items
+//   int32  [kHeaderInts ...]         a counter for each split tile and KV head; 0 between launches
+//   WorkItem [work_map_item_offset]  the items
+#pragma once
+
+#include <cstdint>
+
+namespace fastkernels {
+
+struct WorkItem {
+    int32_t seq;
+    int32_t tile;         // row tile within the sequence
+    int32_t split;        // this item's part of the tile's keys ...
+    int32_t num_splits;   // ... of so many equal ones
+    int32_t partial_row;  // of the tile, in the workspace; split s begins at partial_row + s * rows of the tile
+    int32_t counter;      // index of the tile among the split ones
+    int32_t q_begin, len_q;
+    int32_t k_begin, len_k;  // k_begin: contiguous only
+    int32_t unused[2];
+};
+static_assert(sizeof(WorkItem) == 48);
+
+constexpr int kTileKeys = 64;
+constexpr int kDecodeRows = 16;
+constexpr int kMinSplitTiles = 4;  // 256 keys: below, the combination costs more than the split gains
+constexpr int kBlocksPerSm = 2;
+constexpr int kHeaderInts = 4;
+constexpr int kItemInts = sizeof(WorkItem) / sizeof(int32_t);
+constexpr int kPartialExtra = 4;  // floats of a partial row past its head_dim: max, sum, and two for alignment
+constexpr int kMaxCombinedRows = 1024;
+
+constexpr int prefill_rows(int head_dim) {
+    return head_dim <= 128 ? 128 : 64;
+}
+
+// Splits aim at one wave: this many items for each KV head.
+constexpr int64_t target_items(int num_kv_heads, int num_sms) {
+    return (static_cast<int64_t>(kBlocksPerSm) * num_sms + num_kv_heads - 1) / num_kv_heads;
+}
+
+// A block combines rows * num_splits <= kMaxCombinedRows partial rows, or 8 splits of more rows.
+constexpr int max_splits(int rows) {
+    return kMaxCombinedRows / rows > 8 ? kMaxCombinedRows / rows : 8;
+}
+
+constexpr int64_t max_tiles(int64_t num_tokens, int64_t num_seqs, int group, int head_dim) {
+    const int64_t most_seqs = num_seqs < num_tokens ? num_seqs : num_tokens;
+    return most_seqs + num_tokens * group / prefill_rows(head_dim);
+}
+
+// With splits of at least c blocks of keys, where c * target_items >= all blocks of all tiles: a tile of n blocks
+// makes ceil(n / c) <= n / c + 1 items, so all tiles together make at most target_items more than one each ...
+constexpr int64_t max_items(int64_t num_tokens, int64_t num_seqs, int group, int head_dim, int num_kv_heads,
+                            int num_sms) {
+    return max_tiles(num_tokens, num_seqs, group, head_dim) + target_items(num_kv_heads, num_sms);
+}
+
+// ... and those that are split (n > c, so n / c + 1 < 2 * n / c) at most twice target_items.
+constexpr int64_t max_partial_rows(int64_t num_tokens, int group, int head_dim, int num_kv_heads, int num_sms) {
+    const int64_t rows = num_tokens * group, tile_rows = prefill_rows(head_dim);
+    return (rows < tile_rows ? rows : tile_rows) * 2 * target_items(num_kv_heads, num_sms);
+}
+
+constexpr int64_t work_map_item_offset(int num_kv_heads, int num_sms) {
+    const int64_t counters = target_items(num_kv_heads, num_sms) * num_kv_heads;
+    return kHeaderInts + (counters + 3) / 4 * 4;
+}
+
+}  // namespace fastkernels
