@@ -112,9 +112,10 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> di
         return {"default": value}
     try:
         templates = {str(entry["name"]): entry["template"] for entry in value}
+        well_formed = all(isinstance(text, str) for text in templates.values())
     except (TypeError, KeyError):
-        templates = {"": None}
-    if not all(isinstance(text, str) for text in templates.values()):
+        well_formed = False
+    if not well_formed:
         raise CheckpointError(
             f"{source}: chat_template must be a text or a list of objects with name and template"
         )
@@ -124,7 +125,7 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> di
 class _GenerationBlock(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} marks words to train on; here it renders as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character
-_MAX_INCOMPLETE_TOKENS = 3  # a character has at most 4 bytes, so an unfinished one at most 3 tokens
+_MAX_UNFINISHED = 3  # bytes, so tokens at most, of a character that lacks its last
+_MAX_WINDOW_TOKENS = 24
+_KEPT_WINDOW_TOKENS = 12  # enough for _MAX_UNFINISHED replacement characters of three one-byte tokens each
 
 
 class TextStream:
     """Incremental decoding of one text.
 
     The concatenation of all that ``push`` and ``flush`` return is the decoded text. Each push decodes only
-    the tokens
-    of the last piece and the new ones: earlier ones matter solely for spaces at the seam, and one piece shows
-    those.
+    the last piece and what follows it: earlier tokens matter solely for spaces at the seam, and one piece
+    shows those.
 
     Not ``tokenizers.decoders.DecodeStream``: that raises when a model with byte fallback emits bytes that are
     no UTF-8, and holds back a text of such bytes for ever. Here they come out as replacement characters.
@@ -24,8 +25,9 @@ class TextStream:
         """decode: token ids -> text; skipped: ids that give no text (special tokens)"""
         self._decode = decode
         self._skipped = skipped
-        self._window: list[int] = []  # tokens of the last piece, then those not yet returned
-        self._num_returned = 0  # how many of them belong to the last piece
+        self._window: list[int] = []  # the tokens that are still decoded
+        self._boundary = 0  # tokens of the window before the last boundary between characters
+        self._num_returned = 0  # characters of the decoded window that were returned
 
     def push(self, token_id: int) -> str:
         """The text that token_id completes; empty while a character is unfinished."""
@@ -33,20 +35,29 @@ class TextStream:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if not text.endswith(_REPLACEMENT):
-            return self._take(len(self._window), text)
-        num_certain = len(self._window) - _MAX_INCOMPLETE_TOKENS
-        if num_certain > self._num_returned:  # older tokens can no longer become a character
-            return self._take(num_certain, self._decode(self._window[:num_certain]))
-        return ""
+        num_held = len(text) - len(text.rstrip(_REPLACEMENT))
+        if len(self._window) - self._boundary > _MAX_UNFINISHED:  # most of these will never be a character
+            num_held = min(num_held, _MAX_UNFINISHED)
+        piece = self._take(text, len(text) - num_held)
+        if num_held == 0 and piece:
+            self._restart(self._boundary, num_held)
+            self._boundary = len(self._window)
+        elif len(self._window) > _MAX_WINDOW_TOKENS:  # bytes that never become a character
+            self._restart(len(self._window) - _KEPT_WINDOW_TOKENS, num_held)
+            self._boundary = 0
+        return piece
 
     def flush(self) -> str:
         """The rest at the end of the text: replacement characters when it stops within a character."""
-        return self._take(len(self._window), self._decode(self._window))
+        text = self._decode(self._window)
+        return self._take(text, len(text))
 
-    def _take(self, num_tokens: int, text: str) -> str:
-        piece = text[len(self._decode(self._window[: self._num_returned])) :]
-        if piece:
-            self._window = self._window[self._num_returned :]
-            self._num_returned = num_tokens - self._num_returned
+    def _take(self, text: str, end: int) -> str:
+        piece = text[self._num_returned : end]
+        self._num_returned = max(self._num_returned, end)
         return piece
+
+    def _restart(self, num_dropped: int, num_held: int) -> None:
+        if num_dropped:
+            self._window = self._window[num_dropped:]
+            self._num_returned = max(len(self._decode(self._window)) - num_held, 0)

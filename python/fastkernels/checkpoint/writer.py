@@ -20,13 +20,13 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes config.json and model.safetensors, or shards and their index when one file would exceed
-    max_shard_bytes.
+    """Writes config.json and model.safetensors, or shards and their index.
 
     config:  what config.json is to hold, in Hugging Face's words
-    tensors: name -> tensor, in the order to be written; of tensors that share memory only the first is
-    written A tensor larger than max_shard_bytes gets a shard of its own. Existing files of these names are
-    replaced; those of an earlier checkpoint that the new one does not have are removed.
+    tensors: name -> tensor, in the order to be written; of those that are the same memory (tied embeddings)
+             only the first is, and none may overlap otherwise
+    max_shard_bytes: how large one file may become; a larger tensor gets a shard of its own
+    The weights of an earlier checkpoint in the folder are removed.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
