@@ -1,15 +1,17 @@
 import pytest
 import torch
-
 from fastkernels import ops
 from fastkernels.ops import reference
+
 from tests.tolerances import assert_as_good_as_torch, poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 80), (7, 1003), (5, 4096), (2, 40000), (0, 64), (4, 3, 128)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 64), (3, 80), (7, 1003), (5, 4096), (2, 40000), (0, 64), (4, 3, 128)]
+)
 def test_matches_reference(shape, dtype, device):
     x = torch.randn(shape, device=device, dtype=dtype) * 3
     weight = torch.randn(shape[-1], device=device, dtype=dtype)
@@ -29,7 +31,9 @@ def test_strided_input_and_in_place(device):
     before = merged.clone()
     ops.rms_norm(heads, weight, out=heads)
     assert torch.equal(heads, expected)
-    assert torch.equal(merged[:, :64], before[:, :64]) and torch.equal(merged[:, 9 * 64 :], before[:, 9 * 64 :])
+    assert torch.equal(merged[:, :64], before[:, :64]) and torch.equal(
+        merged[:, 9 * 64 :], before[:, 9 * 64 :]
+    )
 
 
 def test_opcheck_and_compile(device):
