@@ -68,9 +68,9 @@ def sample(
     out_logprobs: [num_seqs] fp32, the id's log-softmax at temperature 1, unfiltered; allocated when None
     Returns (out_ids, out_logprobs).
     A row's result depends on its logits and parameters alone, not on its place or on the batch; it is bitwise
-    repeatable, and the CPU and the GPU choose the same id. A NaN parameter is as "off" (temperature: greedy). A
-    NaN logit counts as -inf; a row of nothing else gives id 0 with log-probability -inf. Tokens less likely than
-    2^-41 of the likeliest are never drawn. Safe in a CUDA graph.
+    repeatable, and the CPU and the GPU choose the same id. A NaN parameter is as "off" (temperature: greedy).
+    A NaN logit counts as -inf; a row of nothing else gives id 0 with log-probability -inf. Tokens less likely
+    than 2^-41 of the likeliest are never drawn. Safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
     Sources: Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p), Salmon et al. 2011 (Philox).
     Kernels: csrc/sampling/sample.cu, sample.cpp
