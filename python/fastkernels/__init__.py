@@ -1,8 +1,26 @@
 """fastkernels: an inference compiler and runtime for large language models."""
 
-from fastkernels import ops
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastkernels import errors, ops
 from fastkernels._library import _C
+from fastkernels.config import SamplingParams
+
+if TYPE_CHECKING:
+    from fastkernels.llm import LLM, RequestOutput, TextPiece
 
 __version__: str = _C.version
 
-__all__ = ["__version__", "ops"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "TextPiece", "__version__", "errors", "ops"]
+
+_IN_LLM = ("LLM", "RequestOutput", "TextPiece")
+
+
+def __getattr__(name: str) -> Any:
+    """The engine is imported when it is first asked for, so that the ops alone stay light."""
+    if name in _IN_LLM:
+        return getattr(importlib.import_module("fastkernels.llm"), name)
+    raise AttributeError(f"module 'fastkernels' has no attribute {name!r}")

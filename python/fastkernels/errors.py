@@ -1,7 +1,8 @@
 """The exceptions of the engine; each message is one sentence that says what is taken.
 
-Beside these: ``config.ConfigError`` with its ``UnsupportedModelError``, and ``checkpoint.CheckpointError`` and
-``checkpoint.ChatTemplateError`` for what is read from a checkpoint.
+Beside these: ``config.ConfigError`` with its ``UnsupportedModelError``, ``checkpoint.CheckpointError`` and
+``ChatTemplateError`` for what is read from a checkpoint, and ``compiler.EngineMemoryError``, whose message does the
+arithmetic of what does not fit.
 """
 
 from __future__ import annotations
@@ -21,10 +22,6 @@ class ModelNotFoundError(ValueError):
 
 class DeviceError(ValueError):
     """A device that is not there, or that this build has no kernels for."""
-
-
-class CacheMemoryError(RuntimeError):
-    """The KV cache does not fit the memory; the message does the arithmetic."""
 
 
 class EngineClosedError(RuntimeError):

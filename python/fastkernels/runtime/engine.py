@@ -37,6 +37,10 @@ class StepExecutor(Protocol):
 
     def replay(self, num_tokens: int, num_logits: int) -> torch.Tensor: ...
 
+    def run_body(self, num_tokens: int) -> None: ...
+
+    def run_head(self, num_logits: int) -> torch.Tensor: ...
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -138,7 +142,7 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def check_prompt(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def check_prompt(self, token_ids: Sequence[int] | np.ndarray, *, room_for_output: bool = True) -> np.ndarray:
         """The prompt as int32 [num_tokens]. Raises RequestError when it cannot be served."""
         if len(token_ids) == 0:
             raise RequestError("the prompt is empty; it must have at least one token")
@@ -151,11 +155,9 @@ class Engine:
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             bad = int(ids[(ids < 0) | (ids >= self._vocab_size)][0])
             raise RequestError(f"the prompt has token id {bad}; the model takes 0 to {self._vocab_size - 1}")
-        if len(ids) >= self.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; the context takes {self.max_seq_len}, of which at least one must "
-                "be left for the output"
-            )
+        if len(ids) + room_for_output > self.max_seq_len:
+            beside = ", of which at least one must be left for the output" if room_for_output else ""
+            raise RequestError(f"the prompt has {len(ids)} tokens; the context takes {self.max_seq_len}{beside}")
         return ids.astype(np.int32)
 
     def add(
@@ -203,6 +205,46 @@ class Engine:
         self._abort_all()
         self._closed = True
         self._executor = None  # type: ignore[assignment]
+
+    def logits(self, token_ids: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """fp32 [num_tokens, vocab_size] on the CPU: what the model says after each token of one sequence.
+
+        Runs at once, in chunks, beside the requests there are. Raises RequestError for a sequence that cannot be
+        served, or while there is no row or too few pages left for it.
+        """
+        if self._closed:
+            raise EngineClosedError("the engine is closed; make a new one to serve requests")
+        tokens = self.check_prompt(token_ids, room_for_output=False)
+        row = self.scheduler.borrow_row(len(tokens))
+        if row is None:
+            raise RequestError(
+                f"logits of {len(tokens)} tokens need a row and {self.kv_cache.pages_for(len(tokens))} KV pages, and "
+                f"{self.kv_cache.num_free} pages are free beside the requests that run; ask again when some have ended"
+            )
+        request = Request.from_prompt(-1, tokens, 0)
+        request.row = row
+        rows = []
+        try:
+            for start in range(0, len(tokens), self.scheduler.max_num_tokens):
+                count = min(self.scheduler.max_num_tokens, len(tokens) - start)
+                rows += self._chunk_logits(Batch([request], [start], [count], num_tokens=count, decodes_only=False))
+        finally:
+            self.scheduler.return_row(row)
+        return torch.cat(rows)
+
+    def _chunk_logits(self, batch: Batch) -> list[torch.Tensor]:
+        """The head takes at most max_num_seqs rows at a time, so it runs several times over one body."""
+        batch.sampled = [False]
+        rows = []
+        for begin in range(0, batch.num_tokens, self._inputs.max_num_seqs):
+            count = min(self._inputs.max_num_seqs, batch.num_tokens - begin)
+            pages = self._packer.pack(batch, batch.num_tokens)
+            self._inputs.host.logits_indices[:count] = np.arange(begin, begin + count)
+            self._inputs.upload(pages)
+            if begin == 0:
+                self._executor.run_body(batch.num_tokens)
+            rows.append(self._executor.run_head(count).to("cpu", torch.float32, copy=True))
+        return rows
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

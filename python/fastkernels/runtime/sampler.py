@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastkernels import ops  # noqa: F401  (registers torch.ops.fastkernels)
+from fastkernels import ops
 from fastkernels.checkpoint.generation_config import GenerationConfig
 from fastkernels.config import SamplingParams
+from fastkernels.ops.sampling import IN_PROMPT
 from fastkernels.runtime.scheduler import Request
 from fastkernels.runtime.step import StepBuffers
-
-_IN_PROMPT = 1 << 30  # of an entry of the token counts: the token occurs in the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +98,8 @@ class Sampler:
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
         on_gpu = inputs.device.type == "cuda"
         self._events = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
-        shape = (2, rows)
-        self._ids = [torch.zeros(rows, dtype=torch.int32, pin_memory=on_gpu) for _ in range(shape[0])]
-        self._logprobs = [torch.zeros(rows, dtype=torch.float32, pin_memory=on_gpu) for _ in range(shape[0])]
+        self._ids = [torch.zeros(rows, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
+        self._logprobs = [torch.zeros(rows, dtype=torch.float32, pin_memory=on_gpu) for _ in range(2)]
         self._turn = 0
 
     def admit(self, request: Request, values: SamplingValues) -> None:
@@ -155,7 +153,7 @@ class Sampler:
             kernels.count_tokens.default(ids, slots, self._token_counts)
         top_ids = top_logprobs = None
         if num_top:
-            top_logprobs, top_ids = logits.float().log_softmax(-1).topk(min(num_top, self._vocab_size), dim=-1)
+            top_ids, top_logprobs = ops.top_logprobs(logits, min(num_top, self._vocab_size))
         return self._read_back(inputs, num_logits, top_ids, top_logprobs)
 
     def _read_back(
@@ -191,7 +189,7 @@ class Sampler:
         num_prompt = request.num_prompt_tokens
         counts = np.bincount(request.tokens[num_prompt : request.num_known], minlength=self._vocab_size)
         counts = counts.astype(np.int32)
-        counts[request.tokens[:num_prompt]] |= _IN_PROMPT
+        counts[request.tokens[:num_prompt]] |= IN_PROMPT
         self._token_counts[request.row].copy_(torch.from_numpy(counts))
 
 

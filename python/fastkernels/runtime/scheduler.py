@@ -133,6 +133,17 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
+    def borrow_row(self, num_tokens: int) -> int | None:
+        """A free row with pages for num_tokens tokens, outside of the queue; None when there is none now."""
+        if not self._free_rows or not self.kv_cache.append(self._free_rows[-1], num_tokens):
+            return None
+        return self._free_rows.pop()
+
+    def return_row(self, row: int) -> None:
+        """Gives back a borrowed row and its pages."""
+        self.kv_cache.free(row)
+        self._free_rows.append(row)
+
     def schedule(self) -> Batch:
         """The next step; one without tokens when nothing can run until ``append`` was called for the last."""
         budget = self.max_num_tokens

@@ -1,0 +1,213 @@
+"""From the name of a model to an engine that serves it: compile, load, measure, size the KV cache, capture graphs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastkernels._library import _C
+from fastkernels.checkpoint import Checkpoint, GenerationConfig, Tokenizer, read_generation_config
+from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
+from fastkernels.compiler.ledger import kv_bytes_per_page
+from fastkernels.config import EngineConfig, ModelConfig
+from fastkernels.errors import DeviceError, ModelNotFoundError
+from fastkernels.models.presets import PRESETS
+from fastkernels.runtime.engine import Engine
+from fastkernels.runtime.executor import Executor
+from fastkernels.runtime.kv_cache import KVCache
+from fastkernels.runtime.weights import load_weights, random_weights
+
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LARGEST_BUCKET = 512
+_CPU_CACHE_BYTES = 1 << 30  # what the CPU's cache takes at most unless it is told otherwise
+_CPU_CACHE_TOKENS_PER_SEQ = 2048
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model's name stands for. folder, checkpoint, tokenizer: None where there is none."""
+
+    name: str
+    config: ModelConfig
+    generation_config: GenerationConfig
+    checkpoint: Checkpoint | None
+    tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine and what it was made of."""
+
+    engine: Engine
+    executor: Executor
+    plan: Plan
+    ledger: Ledger
+    device: torch.device
+    dtype: torch.dtype
+    max_seq_len: int
+
+
+def find_model(name: str | Path, *, random_weights: bool) -> ModelSource:
+    """A checkpoint folder, "demo", or with random_weights the name of a preset.
+
+    Raises ModelNotFoundError when it is none of them, CheckpointError or ConfigError when a folder cannot be read.
+    """
+    folder = DEMO_FOLDER if name == "demo" else Path(name)
+    if name != "demo" and not folder.exists() and str(name) in PRESETS:
+        if not random_weights:
+            raise ModelNotFoundError(
+                f"{name} names the shapes of a model, not a checkpoint; give the folder of one, or random weights"
+            )
+        config = PRESETS[str(name)]
+        return ModelSource(str(name), config, GenerationConfig(config.eos_token_ids), None, None)
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"there is no model {str(name)!r}: give a checkpoint folder, 'demo', or, with random weights, one of "
+            f"{', '.join(PRESETS)}"
+        )
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    return ModelSource(str(name), config, read_generation_config(folder, config), checkpoint, tokenizer)
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises DeviceError for a GPU that is not there or that this build has no kernels for."""
+    if name == "cpu":
+        return torch.device("cpu")
+    usable = torch.cuda.is_available() and _C.with_cuda
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(f"device {name} was asked for, but torch sees no CUDA GPU; use cpu or auto")
+    if not _C.with_cuda:
+        raise DeviceError(f"device {name} was asked for, but fastkernels was built without CUDA kernels; use cpu or auto")
+    device = torch.device(name)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise DeviceError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return config.torch_dtype if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def build_engine(source: ModelSource, options: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
+    """Raises DeviceError, CompileError, CheckpointError, or EngineMemoryError with the arithmetic."""
+    report = progress or (lambda stage, done, total: None)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, source.config, device)
+    report("compiling", 0, 1)
+    plan = compile_model(source.config, disabled_passes=options.disabled_passes)
+    report("compiling", 1, 1)
+
+    available_bytes = _available_bytes(device, options.kv_cache_fraction)
+    bytes_per_page = kv_bytes_per_page(source.config, options.page_size, dtype.itemsize)
+    max_seq_len = options.max_seq_len or source.config.max_position_embeddings
+    if options.max_seq_len is None:
+        roof = options.kv_cache_bytes or available_bytes
+        max_seq_len = max(min(max_seq_len, roof // bytes_per_page * options.page_size), 2)
+
+    def loaded(done: int, total: int) -> None:
+        report("loading weights", done, total)
+
+    if options.random_weights or source.checkpoint is None:
+        weights = random_weights(plan, device=device, dtype=dtype, progress=loaded)
+    else:
+        weights = load_weights(plan, source.checkpoint, device=device, dtype=dtype, progress=loaded)
+    executor = Executor(
+        plan,
+        weights,
+        device=device,
+        dtype=dtype,
+        max_num_tokens=options.max_num_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_seq_len=max_seq_len,
+        page_size=options.page_size,
+    )
+    if device.type == "cuda":
+        _warm_up(executor, options)
+        available_bytes = _available_bytes(device, options.kv_cache_fraction)
+    num_pages = _num_pages(options, bytes_per_page, available_bytes, max_seq_len, device)
+    max_pages = -(-max_seq_len // options.page_size)
+    if num_pages < max_pages:
+        if options.max_seq_len is not None or num_pages == 0:
+            needed = max_pages * bytes_per_page
+            raise EngineMemoryError(
+                f"no memory for the KV cache: one sequence of {max_seq_len} tokens takes {max_pages} pages x "
+                f"{format_bytes(bytes_per_page)} = {format_bytes(needed)}, and there is room for {num_pages} pages = "
+                f"{format_bytes(num_pages * bytes_per_page)}; lower max_seq_len or raise kv_cache_bytes"
+            )
+        max_seq_len = num_pages * options.page_size
+    executor.set_kv_cache(num_pages)
+    buckets: list[int] = []
+    if device.type == "cuda" and options.cuda_graphs:
+        buckets = graph_buckets(options.max_num_tokens, options.max_num_seqs)
+        for done, bucket in enumerate(reversed(buckets)):  # the largest first: smaller ones share its memory
+            report("capturing CUDA graphs", done, len(buckets))
+            executor.capture(bucket, min(bucket, options.max_num_seqs))
+        report("capturing CUDA graphs", len(buckets), len(buckets))
+    engine = Engine(
+        executor,
+        KVCache(num_pages, options.page_size, options.max_num_seqs),
+        vocab_size=source.config.vocab_size,
+        max_seq_len=max_seq_len,
+        max_num_tokens=options.max_num_tokens,
+        generation_config=source.generation_config,
+        buckets=buckets,
+    )
+    return BuiltEngine(engine, executor, plan, executor.ledger, device, dtype, max_seq_len)
+
+
+def graph_buckets(max_num_tokens: int, max_num_seqs: int) -> list[int]:
+    """Token counts that get a CUDA graph: dense where decode steps lie, so that little is padded."""
+    largest = min(max_num_tokens, max(_LARGEST_BUCKET, max_num_seqs))
+    sizes = {1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, largest + 1, 32), max_num_seqs}
+    return sorted(size for size in sizes if size <= largest)
+
+
+def _available_bytes(device: torch.device, fraction: float) -> int:
+    """Of the GPU: fraction of its memory, less what is taken. Of the CPU: a quarter of its memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(int(free - (1 - fraction) * total), 0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _num_pages(
+    options: EngineConfig, bytes_per_page: int, available_bytes: int, max_seq_len: int, device: torch.device
+) -> int:
+    """Pages the cache gets: what it was told, else what there is, but no more than all rows could fill."""
+    pages_per_seq = -(-max_seq_len // options.page_size)
+    most = options.max_num_seqs * pages_per_seq
+    if options.kv_cache_bytes is not None:
+        if options.kv_cache_bytes > available_bytes:
+            raise EngineMemoryError(
+                f"no memory for the KV cache: kv_cache_bytes asks for {format_bytes(options.kv_cache_bytes)}, and "
+                f"{format_bytes(available_bytes)} are available on {device}"
+            )
+        return min(options.kv_cache_bytes // bytes_per_page, most)
+    if device.type == "cuda":
+        return min(available_bytes // bytes_per_page, most)
+    usual_tokens = options.max_num_seqs * min(max_seq_len, _CPU_CACHE_TOKENS_PER_SEQ)
+    usual = min(-(-usual_tokens // options.page_size), _CPU_CACHE_BYTES // bytes_per_page)
+    return min(max(usual, pages_per_seq), available_bytes // bytes_per_page, most)
+
+
+def _warm_up(executor: Executor, options: EngineConfig) -> None:
+    """One step of padding at full size, so that what libraries allocate on first use is counted."""
+    executor.set_kv_cache(1)
+    executor.inputs.upload(executor.inputs.max_pages_per_seq)
+    executor.run(options.max_num_tokens, options.max_num_seqs)
+    torch.cuda.synchronize(executor.inputs.device)
