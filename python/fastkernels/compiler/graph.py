@@ -43,12 +43,14 @@ class WeightSpec:
     """One tensor of the engine and the checkpoint tensors it is made of.
 
     how: "copy" one source | "concat_rows": the sources one below the other (a merged projection)
+    source_rows: size of the first dimension of each source
     """
 
     name: str
     sources: tuple[str, ...]
     how: Literal["copy", "concat_rows"]
     shape: tuple[int, ...]
+    source_rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)

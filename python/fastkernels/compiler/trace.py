@@ -158,7 +158,7 @@ class _Translation:
         name = f"{path}.{leaf_name}"
         name = self.aliases.get(name, name)
         shape = tuple(getattr(leaf, leaf_name).shape)
-        self.weights[name] = WeightSpec(name, (name,), "copy", shape)
+        self.weights[name] = WeightSpec(name, (name,), "copy", shape, shape[:1])
         return name
 
     def _name(self, n: fx.Node, op: str) -> str:

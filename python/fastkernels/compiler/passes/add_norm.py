@@ -1,6 +1,6 @@
 """The residual addition and the norm that reads its sum in one kernel, which updates the residual in place.
 
-    h = h + x; y = rms_norm(h)   ->   y, h = add_rms_norm(x, h)
+h = h + x; y = rms_norm(h)   ->   y, h = add_rms_norm(x, h)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The gate and up projections of a gated MLP as one linear.
 
-    silu(linear(x; Wg)) * linear(x; Wu)   ->   gate_up = linear(x; [Wg; Wu]); silu(gate_up[:n]) * gate_up[n:]
+silu(linear(x; Wg)) * linear(x; Wu)   ->   gate_up = linear(x; [Wg; Wu]); silu(gate_up[:n]) * gate_up[n:]
 """
 
 from __future__ import annotations

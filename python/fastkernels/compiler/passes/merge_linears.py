@@ -27,8 +27,9 @@ def merge_linears(graph: Graph, linears: list[Node], merged_name: str) -> tuple[
         parts = [graph.weights[name] for name in names]
         leaf = "." + names[0].rpartition(".")[2]
         sources = tuple(source for part in parts for source in part.sources)
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        specs.append(WeightSpec(renamed(names[0], leaf), sources, "concat_rows", shape))
+        rows = tuple(count for part in parts for count in part.source_rows)
+        shape = (sum(rows), *parts[0].shape[1:])
+        specs.append(WeightSpec(renamed(names[0], leaf), sources, "concat_rows", shape, rows))
     outputs = [node.output for node in linears]
     merged = Value(renamed(outputs[0].name, ""), (sum(value.row_size for value in outputs),), outputs[0].rows)
     nodes = [Node("linear", linears[0].inputs, (merged,), tuple(spec.name for spec in specs))]

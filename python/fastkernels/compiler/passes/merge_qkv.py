@@ -1,6 +1,6 @@
 """The q, k and v projections of a layer as one linear: one read of the input, one larger and faster GEMM.
 
-    q, k, v = linear(x; Wq), linear(x; Wk), linear(x; Wv)   ->   qkv = linear(x; [Wq; Wk; Wv]); q, k, v: slices
+    q, k, v = linear(x; Wq), linear(x; Wk), linear(x; Wv)   ->   qkv = linear(x; [Wq; Wk; Wv]), and slices
 
 The slices stay views: norms, rope and the cache read them by their row stride.
 """

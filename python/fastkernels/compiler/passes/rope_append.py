@@ -1,6 +1,6 @@
 """Rotation and cache write in one kernel; the rotated k never goes to memory but into its page.
 
-    q, k = rope(q, k); append_kv(k, v)   ->   q = rope_append_kv(q, k, v)
+q, k = rope(q, k); append_kv(k, v)   ->   q = rope_append_kv(q, k, v)
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""A Step and its tensors -> a call with nothing left to decide: one function an op of ``compiler/lower.py``.
+
+Every call writes into tensors that are already there. The ops are taken by overload and their arguments bound
+once, so that running a step costs one dispatch a kernel; what ``fastkernels.ops`` would validate, the plan
+guarantees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkernels import ops  # noqa: F401  (registers the kernels)
+from fastkernels.compiler import CompileError, Step
+
+Call = Callable[[], object]
+Attributes = Mapping[str, Any]
+
+_fk = torch.ops.fastkernels
+_aten = torch.ops.aten
+
+
+def bind(
+    step: Step, inputs: list[Tensor], outputs: list[Tensor], *, num_tokens: int, dtype: torch.dtype
+) -> Call:
+    """The call that runs ``step`` on these tensors, in the order of its inputs and outputs.
+
+    num_tokens, dtype: of the step and of the model, which attention_plan needs and no tensor of its own tells
+    Raises CompileError for a step with an op that is none of BINDERS.
+    """
+    if step.op not in BINDERS:
+        raise CompileError(f"no kernel is bound to the step {step.op!r}; there are {', '.join(BINDERS)}")
+    return BINDERS[step.op](inputs, outputs, {**step.attributes, "num_tokens": num_tokens, "dtype": dtype})
+
+
+def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    """x [rows, in] @ weight [out, in]^T (+ bias). The one place where a tactic for a GEMM is chosen.
+
+    A single row on the CPU is a matrix-vector product, which needs no packing of the weight.
+    """
+    x, weight = inputs[:2]
+    bias = inputs[2] if len(inputs) == 3 else None
+    (out,) = outputs
+    if x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32:
+        if bias is None:
+            return partial(_aten.mv.out, weight, x[0], out=out[0])
+        return partial(_aten.addmv.out, bias, weight, x[0], out=out[0])
+    if bias is None:
+        return partial(_aten.mm.out, x, weight.t(), out=out)
+    return partial(_aten.addmm.out, bias, x, weight.t(), out=out)
+
+
+def _rms_norm(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    x, weight = inputs
+    return partial(_fk.rms_norm.default, x, weight, attributes["eps"], outputs[0])
+
+
+def _add_rms_norm(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    x, residual, weight = inputs
+    return partial(_fk.add_rms_norm.default, x, residual, weight, attributes["eps"], outputs[0])
+
+
+def _rope(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    return partial(_fk.rope.default, *inputs, attributes["interleaved"], *outputs)
+
+
+def _append_kv(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    return partial(_fk.append_kv.default, *inputs)
+
+
+def _rope_append_kv(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    q, k, v, positions, cos_sin, kv_cache, slot_mapping = inputs
+    interleaved = attributes["interleaved"]
+    return partial(
+        _fk.rope_append_kv.default,
+        *(q, k, v, positions, cos_sin, interleaved, kv_cache, slot_mapping),
+        outputs[0],
+    )
+
+
+def _attention_plan(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    seq_lens, cu_seqlens_q = inputs
+    a = attributes
+    return partial(
+        _fk.attention_plan.default,
+        *(cu_seqlens_q, None, seq_lens, a["num_tokens"]),
+        *(a["num_q_heads"], a["num_kv_heads"], a["head_dim"], a["window"]),
+        *(True, a["dtype"], outputs[0]),
+    )
+
+
+def _paged_attention(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    return partial(
+        _fk.paged_attention.default,
+        *inputs,
+        *(attributes["scale"], attributes["window"], attributes["soft_cap"], outputs[0]),
+    )
+
+
+def _plain(op: Callable[..., object]) -> Callable[[list[Tensor], list[Tensor], Attributes], Call]:
+    """An op whose arguments are its inputs, then its outputs."""
+    return lambda inputs, outputs, attributes: partial(op, *inputs, *outputs)
+
+
+def _torch_out(op: Callable[..., object]) -> Callable[[list[Tensor], list[Tensor], Attributes], Call]:
+    """An op of torch that writes into ``out``."""
+    return lambda inputs, outputs, attributes: partial(op, *inputs, out=outputs[0])
+
+
+BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
+    "resolve_token_ids": _plain(_fk.resolve_token_ids.default),
+    "attention_plan": _attention_plan,
+    "embedding": _plain(_fk.embedding.default),
+    "linear": _linear,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rope": _rope,
+    "append_kv": _append_kv,
+    "rope_append_kv": _rope_append_kv,
+    "paged_attention": _paged_attention,
+    "silu": _torch_out(_aten.silu.out),
+    "mul": _torch_out(_aten.mul.out),
+    "add": _torch_out(_aten.add.out),
+    "silu_mul": _plain(_fk.silu_mul.default),
+    "gather_rows": _plain(_fk.gather_rows.default),
+}

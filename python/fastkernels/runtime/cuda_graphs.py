@@ -1,0 +1,83 @@
+"""One CUDA graph per token bucket: a step of hundreds of launches replayed by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Token counts a step is padded to; larger steps run eagerly, where launches no longer count."""
+
+_WARM_UP_RUNS = 2  # loads kernels and lets cuBLAS set itself up, which cannot be captured
+
+
+def buckets_up_to(max_num_tokens: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> tuple[int, ...]:
+    """Those of ``buckets`` that an engine of max_num_tokens can have, in rising order."""
+    return tuple(sorted(bucket for bucket in set(buckets) if bucket <= max_num_tokens))
+
+
+class CudaGraphs:
+    """Captures and replays ``run(num_tokens, num_logits)``; on the CPU capturing does nothing and replaying
+    runs.
+
+    ``run`` reads what varies from device buffers at fixed addresses and writes into memory that is there
+    before, so a graph replays any batch of its size. The graphs share one memory pool, which only cuBLAS
+    allocates from: its workspace has the size it has in eager runs, so it chooses the same kernels and a
+    replay is bitwise the eager run.
+    """
+
+    def __init__(self, run: Callable[[int, int], Tensor], device: torch.device) -> None:
+        self._run = run
+        self._device = device
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self.size_bytes = 0  # measured: how much less memory the device had free after the captures
+
+    def capture(self, num_tokens: int, num_logits: int) -> None:
+        if self._device.type != "cuda" or (num_tokens, num_logits) in self._graphs:
+            return
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._warm_up(self._stream, num_tokens, num_logits)
+            free_before, _ = torch.cuda.mem_get_info()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                logits = self._run(num_tokens, num_logits)
+            torch.cuda.synchronize()
+            free_after, _ = torch.cuda.mem_get_info()
+        self._graphs[num_tokens, num_logits] = (graph, logits)
+        self.size_bytes += max(free_before - free_after, 0)
+
+    def replay(self, num_tokens: int, num_logits: int) -> Tensor:
+        if self._device.type != "cuda":
+            return self._run(num_tokens, num_logits)
+        if (num_tokens, num_logits) not in self._graphs:
+            raise KeyError(
+                f"no CUDA graph of {num_tokens} tokens and {num_logits} logits rows was captured; there are "
+                f"{', '.join(f'{tokens} and {rows}' for tokens, rows in self._graphs) or 'none'}"
+            )
+        graph, logits = self._graphs[num_tokens, num_logits]
+        graph.replay()
+        return logits
+
+    def clear(self) -> None:
+        """Drops all graphs and their memory."""
+        self._graphs.clear()
+        self._stream = self._pool = None
+        self.size_bytes = 0
+
+    def _warm_up(self, stream: torch.cuda.Stream, num_tokens: int, num_logits: int) -> None:
+        """Beside the current stream: on the one that is captured next, whose cuBLAS handle is then ready."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self._run(num_tokens, num_logits)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
