@@ -56,6 +56,10 @@ class Checkpoint:
             raise
         except ConfigError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.path / 'config.json'} holds a value of the wrong type: {error}"
+            ) from error
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""

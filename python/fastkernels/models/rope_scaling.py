@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fastkernels.config import ModelConfig, RopeKind
 
+_BLOCK_POSITIONS = 4096
+
 
 def build_cos_sin(config: ModelConfig, max_position: int) -> Tensor:
     """The table of ``config.rope_scaling``: fp32 [max_position, rotary_dim] on the CPU.
@@ -32,12 +34,12 @@ def build_cos_sin(config: ModelConfig, max_position: int) -> Tensor:
 
 def default(config: ModelConfig, max_position: int) -> Tensor:
     """theta^(-2i / rotary_dim). Source: Su et al. 2021, RoFormer."""
-    return _table(_inverse_frequencies(config), max_position)
+    return _table(_fixed(_inverse_frequencies(config)), max_position)
 
 
 def linear(config: ModelConfig, max_position: int) -> Tensor:
     """Every frequency divided by factor. Source: Chen et al. 2023, position interpolation."""
-    return _table(_inverse_frequencies(config) / config.rope_scaling.factor, max_position)
+    return _table(_fixed(_inverse_frequencies(config) / config.rope_scaling.factor), max_position)
 
 
 def dynamic(config: ModelConfig, max_position: int) -> Tensor:
@@ -50,17 +52,18 @@ def dynamic(config: ModelConfig, max_position: int) -> Tensor:
     prompt is cut into chunks.
     Source: the NTK-aware scaling described by bloc97 and emozilla, 2023; Peng et al. 2023, section 3.
     """
-    scaling = config.rope_scaling
-    original = scaling.original_max_position_embeddings
-    table = default(config, min(max_position, original))
-    if max_position <= original:
-        return table
-    dim = config.rotary_dim
-    length = torch.arange(original + 1, max_position + 1)[:, None]
-    stretch = scaling.factor * length / original - (scaling.factor - 1)
-    theta = config.rope_theta * stretch ** (dim / (dim - 2))  # [positions, 1]
-    angles = (length - 1).float() * (1.0 / theta ** _exponents(dim))
-    return torch.cat([table, torch.cat([angles.cos(), angles.sin()], dim=-1)])
+    scaling, dim = config.rope_scaling, config.rotary_dim
+    trained = scaling.original_max_position_embeddings
+    frequency = _inverse_frequencies(config)
+
+    def angles(positions: Tensor) -> Tensor:
+        length = positions[:, None] + 1
+        stretch = scaling.factor * length / trained - (scaling.factor - 1)
+        theta = config.rope_theta * stretch.clamp(min=1) ** (dim / (dim - 2))  # [positions, 1]
+        grown = 1.0 / theta ** _exponents(dim)
+        return positions[:, None].float() * torch.where(length > trained, grown, frequency)
+
+    return _table(angles, max_position)
 
 
 def llama3(config: ModelConfig, max_position: int) -> Tensor:
@@ -75,7 +78,7 @@ def llama3(config: ModelConfig, max_position: int) -> Tensor:
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blended = (1 - blend) * frequency / scaling.factor + blend * frequency
     scaled = torch.where(turns < scaling.low_freq_factor, frequency / scaling.factor, blended)
-    return _table(torch.where(turns > scaling.high_freq_factor, frequency, scaled), max_position)
+    return _table(_fixed(torch.where(turns > scaling.high_freq_factor, frequency, scaled)), max_position)
 
 
 def yarn(config: ModelConfig, max_position: int) -> Tensor:
@@ -98,7 +101,7 @@ def yarn(config: ModelConfig, max_position: int) -> Tensor:
     kept = 1 - ramp
     powers = config.rope_theta ** _exponents(dim)
     frequency = 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept
-    return _table(frequency, max_position, scaling.attention_factor)
+    return _table(_fixed(frequency), max_position, scaling.attention_factor)
 
 
 TABLES: dict[RopeKind, Callable[[ModelConfig, int], Tensor]] = {
@@ -118,6 +121,18 @@ def _inverse_frequencies(config: ModelConfig) -> Tensor:
     return 1.0 / (config.rope_theta ** _exponents(config.rotary_dim))
 
 
-def _table(inverse_frequencies: Tensor, max_position: int, factor: float = 1.0) -> Tensor:
-    angles = torch.arange(max_position).float()[:, None] * inverse_frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1) * factor
+def _fixed(inverse_frequencies: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda positions: positions.float()[:, None] * inverse_frequencies
+
+
+def _table(angles: Callable[[Tensor], Tensor], max_position: int, factor: float = 1.0) -> Tensor:
+    """Rows for angles(positions [n]) -> [n, rotary_dim / 2].
+
+    Always in whole blocks: the last elements of an array, and those where two threads meet, take a scalar
+    path that rounds otherwise, and a row must not change with max_position.
+    """
+    blocks = []
+    for first in range(0, max_position, _BLOCK_POSITIONS):
+        block = angles(torch.arange(first, first + _BLOCK_POSITIONS))
+        blocks.append(torch.cat([block.cos(), block.sin()], dim=-1) * factor)
+    return torch.cat(blocks)[:max_position]
