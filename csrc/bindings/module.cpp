@@ -6,6 +6,7 @@
 
 namespace py = pybind11;
 
+void bind_attention(py::module_& m);
 void bind_page_pool(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -14,5 +15,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("version") = FASTKERNELS_VERSION;
     m.def("cpu_isa", &fastkernels::cpu::isa_name,
           "The instruction set the CPU kernels use: baseline, avx2 or avx512.");
+    bind_attention(m);
     bind_page_pool(m);
 }

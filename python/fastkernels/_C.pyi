@@ -4,6 +4,9 @@ with_cuda: bool
 version: str
 
 def cpu_isa() -> str: ...
+def attention_sizes(
+    num_tokens: int, num_seqs: int, num_q_heads: int, num_kv_heads: int, head_dim: int, num_sms: int
+) -> tuple[int, int]: ...
 
 class PagePool:
     """The pages of a KV cache by number: which are free, and how many hold each of the others."""

@@ -2,6 +2,8 @@
 
 from fastkernels import _library  # noqa: F401  (loads the kernels before any op is named)
 from fastkernels.ops.activation import gelu_mul, silu_mul
+from fastkernels.ops.attention import attention, paged_attention
+from fastkernels.ops.attention_plan import AttentionPlan, attention_plan_sizes, plan_attention
 from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
 from fastkernels.ops.kv_cache import append_kv
 from fastkernels.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -10,14 +12,19 @@ from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, 
 
 __all__ = [
     "IN_PROMPT",
+    "AttentionPlan",
     "add_rms_norm",
     "append_kv",
+    "attention",
+    "attention_plan_sizes",
     "count_tokens",
     "embedding",
     "gather_rows",
     "gelu_mul",
     "layer_norm",
+    "paged_attention",
     "penalize",
+    "plan_attention",
     "resolve_token_ids",
     "rms_norm",
     "rope",

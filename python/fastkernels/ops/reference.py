@@ -156,3 +156,75 @@ def penalize(
     repeated = torch.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
     logits = torch.where(in_prompt | (output_counts > 0), repeated, logits)
     return logits - frequency[:, None] * output_counts - presence[:, None] * (output_counts > 0)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Rows past cu_seqlens_q[-1] and queries that see no key are zeros."""
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    out = torch.zeros_like(q)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(starts_q) - 1):
+        queries = q[starts_q[i] : starts_q[i + 1]]
+        keys, values = k[starts_k[i] : starts_k[i + 1]], v[starts_k[i] : starts_k[i + 1]]
+        len_q, len_k = queries.shape[0], keys.shape[0]
+        if len_q == 0 or len_k == 0:
+            continue
+        group = q.shape[1] // k.shape[1]
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        own = len_k - len_q + torch.arange(len_q, device=q.device)[:, None]
+        key = torch.arange(len_k, device=q.device)[None]
+        hidden = (key > own) if causal else torch.zeros_like(key > own)
+        if window:
+            hidden |= key <= own - window
+        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+        out[starts_q[i] : starts_q[i + 1]] = torch.einsum("hqk,khd->qhd", probabilities, values)
+    return out
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    page_size = kv_cache.shape[3]
+    keys, values = [kv_cache[:0, 0, :, 0]], [kv_cache[:0, 0, :, 0]]
+    for i, length in enumerate(seq_lens.tolist()):
+        # [pages, 2, num_kv_heads, page_size, head_dim]
+        pages = kv_cache[page_table[i, : -(-length // page_size)].long()]
+        tokens = pages.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+        keys.append(tokens[0])
+        values.append(tokens[1])
+    cu_seqlens_k = torch.cat([seq_lens.new_zeros(1), seq_lens.cumsum(0, dtype=torch.int32)])
+    return attention(
+        q,
+        torch.cat(keys),
+        torch.cat(values),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+    )

@@ -1,0 +1,249 @@
+"""Attention over contiguous sequences of variable length, and over the pages of a KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+from fastkernels import config
+from fastkernels.ops.attention_plan import AttentionPlan, check_cu_seqlens, check_lengths, plan_for
+from fastkernels.ops.checks import (
+    FLOAT_DTYPES,
+    as_tensor,
+    check_device,
+    check_dtype,
+    check_last_contiguous,
+    check_shape,
+    register_mutating_fake,
+    require,
+)
+
+HEAD_DIMS = (64, 80, 96, 128, 256)  # of the CUDA kernels
+MAX_HEAD_DIM = 256  # the CPU kernels take every head_dim up to this
+
+register_mutating_fake("attention", "paged_attention")
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    plan: AttentionPlan | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out = softmax(mask(scale * q k^T)) v for each of num_seqs sequences that lie one after the other.
+
+    q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32; last dimension contiguous, any
+                  stride of the others (a slice of a merged projection)
+    k, v:         [num_keys, num_kv_heads, head_dim], dtype of q, strides as q; num_q_heads is a multiple of
+                  num_kv_heads. head_dim is 64, 80, 96, 128 or 256 on CUDA, any up to 256 on the CPU
+    cu_seqlens_q: int32 [num_seqs + 1], contiguous: sequence i has the queries cu_seqlens_q[i] up to [i + 1]
+    cu_seqlens_k: int32 [num_seqs + 1], contiguous: its keys likewise
+    scale:        1 / sqrt(head_dim) when None
+    causal:       query i of a sequence sees its keys up to len_k - len_q + i; else all of them
+    window:       with causal, a query sees that key and the window - 1 before it; 0 is off
+    soft_cap:     scores become soft_cap * tanh(scores / soft_cap); 0 is off
+    plan:         a filled AttentionPlan to share between calls; one is made when None (CUDA)
+    out:          like q; allocated when None. Rows past cu_seqlens_q[-1] are padding and stay as they are; a
+                  query of a sequence with keys that sees none of them gives zeros
+    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Raises ValueError for a shape, dtype, stride, device or length it does not take, naming what it does;
+    lengths in GPU memory are checked with FASTKERNELS_DEBUG=1 only.
+    Source: Dao et al. 2022, Dao 2023. Kernels: csrc/attention/
+    """
+    op = "attention"
+    q, k, v = as_tensor(q), as_tensor(k), as_tensor(v)
+    cu_seqlens_q, cu_seqlens_k = as_tensor(cu_seqlens_q), as_tensor(cu_seqlens_k)
+    _check_q(op, q)
+    check_dtype(op, "k", k, (q.dtype,))
+    check_dtype(op, "v", v, (q.dtype,))
+    check_shape(
+        op, "k", k, (None, None, q.shape[2]), "[num_keys, num_kv_heads, head_dim], head_dim that of q"
+    )
+    check_shape(op, "v", v, tuple(k.shape), "the shape of k")
+    num_seqs = check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q)
+    check_lengths(op, "cu_seqlens_k", cu_seqlens_k, num_seqs + 1, "[num_seqs + 1], like cu_seqlens_q")
+    require(causal or window == 0, f"attention: window is {window}, but a window needs causal=True")
+    scale = _check_numbers(op, q, k.shape[1], scale, window, soft_cap)
+    out = _like_q(op, q, out)
+    check_device(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out)
+    check_last_contiguous(op, k=k, v=v)
+    if _debug():
+        _debug_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        _debug_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    work_map, workspace = plan_for(op, plan, q, k.shape[1], cu_seqlens_q, cu_seqlens_k, None, window, causal)
+    torch.ops.fastkernels.attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, work_map, workspace, scale, causal, window, soft_cap, out
+    )
+    return out
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    plan: AttentionPlan | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of a step's queries over the KV cache: any mix of prefill chunks and decodes.
+
+    q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32; last dimension contiguous, any
+                  stride of the others
+    kv_cache:     [num_pages, 2, num_kv_heads, page_size, head_dim] contiguous (0 is K, 1 is V), dtype of q,
+                  with the keys of this step appended; page_size is a power of two, at least 8 on CUDA.
+                  head_dim as in ``attention``
+    page_table:   int32 [num_seqs, max_pages], any two strides: token t of sequence i lies in page
+                  page_table[i, t // page_size]; entries past the sequence, or before its window, are not read
+    seq_lens:     int32 [num_seqs]: tokens of a sequence, counting this step's; 0 skips it
+    cu_seqlens_q: int32 [num_seqs + 1]: sequence i has the queries cu_seqlens_q[i] up to [i + 1], which are
+                  its last tokens
+    scale, window, soft_cap, plan, out: as in ``attention``
+    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Raises ValueError for a shape, dtype, stride, device, length or page it does not take, naming what it
+    does; lengths and pages in GPU memory are checked with FASTKERNELS_DEBUG=1 only.
+    Source: Kwon et al. 2023; Dao et al. 2023 (split contexts). Kernels: csrc/attention/
+    """
+    op = "paged_attention"
+    q, kv_cache, page_table = as_tensor(q), as_tensor(kv_cache), as_tensor(page_table)
+    seq_lens, cu_seqlens_q = as_tensor(seq_lens), as_tensor(cu_seqlens_q)
+    _check_q(op, q)
+    check_dtype(op, "kv_cache", kv_cache, (q.dtype,))
+    check_shape(
+        op,
+        "kv_cache",
+        kv_cache,
+        (None, 2, None, None, q.shape[2]),
+        "[num_pages, 2, num_kv_heads, page_size, head_dim of q]",
+    )
+    require(kv_cache.is_contiguous(), "paged_attention: kv_cache must be contiguous")
+    page_size = kv_cache.shape[3]
+    require(
+        page_size > 0 and page_size & (page_size - 1) == 0,
+        f"paged_attention: page_size is {page_size}, but the op takes powers of two",
+    )
+    num_seqs = check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q)
+    check_lengths(op, "seq_lens", seq_lens, num_seqs, "[num_seqs], one less than cu_seqlens_q")
+    check_dtype(op, "page_table", page_table, (torch.int32,))
+    check_shape(op, "page_table", page_table, (num_seqs, None), "[num_seqs, max_pages]")
+    scale = _check_numbers(op, q, kv_cache.shape[2], scale, window, soft_cap)
+    out = _like_q(op, q, out)
+    check_device(
+        op,
+        q=q,
+        kv_cache=kv_cache,
+        page_table=page_table,
+        seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        out=out,
+    )
+    require(
+        q.device.type != "cuda" or page_size >= 8,
+        f"paged_attention: page_size is {page_size}, but the CUDA kernels take powers of two from 8",
+    )
+    if _debug():
+        _debug_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        _debug_pages(cu_seqlens_q, seq_lens, page_table, page_size, kv_cache.shape[0], window)
+    work_map, workspace = plan_for(op, plan, q, kv_cache.shape[2], cu_seqlens_q, None, seq_lens, window, True)
+    torch.ops.fastkernels.paged_attention(
+        q, kv_cache, page_table, seq_lens, cu_seqlens_q, work_map, workspace, scale, window, soft_cap, out
+    )
+    return out
+
+
+# --- what the faces check -----------------------------------------------------------------------------------
+
+
+def _check_q(op: str, q: torch.Tensor) -> None:
+    check_dtype(op, "q", q, FLOAT_DTYPES)
+    check_shape(op, "q", q, (None, None, None), "[num_tokens, num_q_heads, head_dim]")
+    check_last_contiguous(op, q=q)
+    head_dim = q.shape[2]
+    if q.device.type == "cuda":
+        takes = ", ".join(map(str, HEAD_DIMS))
+        require(head_dim in HEAD_DIMS, f"{op}: head_dim is {head_dim}, but the CUDA kernels take {takes}")
+    else:
+        require(
+            0 < head_dim <= MAX_HEAD_DIM,
+            f"{op}: head_dim is {head_dim}, but the op takes 1 to {MAX_HEAD_DIM}",
+        )
+
+
+def _check_numbers(
+    op: str, q: torch.Tensor, num_kv_heads: int, scale: float | None, window: int, soft_cap: float
+) -> float:
+    require(
+        num_kv_heads > 0 and q.shape[1] > 0 and q.shape[1] % num_kv_heads == 0,
+        f"{op}: num_q_heads is {q.shape[1]}, but the op takes multiples of num_kv_heads ({num_kv_heads})",
+    )
+    require(
+        0 <= window < 2**31, f"{op}: window is {window}, but the op takes a number of tokens, or 0 for none"
+    )
+    require(
+        soft_cap >= 0.0, f"{op}: soft_cap is {soft_cap}, but the op takes a positive number, or 0 for none"
+    )
+    return q.shape[2] ** -0.5 if scale is None else scale
+
+
+def _like_q(op: str, q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = as_tensor(out)
+    check_dtype(op, "out", out, (q.dtype,))
+    check_shape(op, "out", out, tuple(q.shape), "the shape of q")
+    check_last_contiguous(op, out=out)
+    return out
+
+
+# --- the debug mode: lengths and pages in GPU memory, at the price of a synchronisation ---------------------
+
+
+def _debug() -> bool:
+    return not torch.compiler.is_compiling() and config.debug()
+
+
+def _debug_cu_seqlens(op: str, name: str, cu_seqlens: torch.Tensor, num_rows: int) -> None:
+    lengths = cu_seqlens.cpu()
+    require(int(lengths[0]) >= 0, f"{op}: {name} must not be negative")
+    require(bool((lengths.diff() >= 0).all()), f"{op}: {name} must not decrease")
+    require(
+        int(lengths[-1]) <= num_rows,
+        f"{op}: {name} ends at {int(lengths[-1])}, but there are {num_rows} rows",
+    )
+
+
+def _debug_pages(
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_table: torch.Tensor,
+    page_size: int,
+    num_pages: int,
+    window: int,
+) -> None:
+    num_queries, lengths, table = cu_seqlens_q.cpu().diff(), seq_lens.cpu(), page_table.cpu()
+    for i in torch.nonzero(num_queries).flatten().tolist():
+        length, capacity = int(lengths[i]), table.shape[1] * page_size
+        require(
+            length <= capacity,
+            f"paged_attention: sequence {i} has {length} tokens, but its row of the page table holds "
+            f"{capacity}",
+        )
+        first = max(0, (length - int(num_queries[i]) + 1 - window) // page_size) if window else 0
+        pages = table[i, first : -(-length // page_size)]
+        wrong = pages[(pages < 0) | (pages >= num_pages)].tolist()
+        require(
+            not wrong,
+            f"paged_attention: sequence {i} names page {wrong[0] if wrong else 0}, "
+            f"but the cache has pages 0 to {num_pages - 1}",
+        )
