@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DEFAULT_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Token counts a step is padded to; larger steps run eagerly, where launches no longer count."""
-
 _WARM_UP_RUNS = 2  # loads kernels and lets cuBLAS set itself up, which cannot be captured
-
-
-def buckets_up_to(max_num_tokens: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> tuple[int, ...]:
-    """Those of ``buckets`` that an engine of max_num_tokens can have, in rising order."""
-    return tuple(sorted(bucket for bucket in set(buckets) if bucket <= max_num_tokens))
 
 
 class CudaGraphs:
