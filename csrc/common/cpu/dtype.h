@@ -24,8 +24,13 @@ inline float to_float(float x) {
 inline float to_float(bf16 x) {
     return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
+// fp16 by its bits and without branches, since compilers make no vector code of a conversion of _Float16.
 inline float to_float(fp16 x) {
-    return static_cast<float>(std::bit_cast<_Float16>(x.bits));
+    const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+    // Times 2^112 the exponent's bias is fp32's, for denormals too; infinity and NaN take the largest exponent.
+    const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return std::bit_cast<float>(scaled | special | static_cast<uint32_t>(x.bits & 0x8000u) << 16);
 }
 
 template <typename T>
@@ -41,8 +46,15 @@ inline bf16 from_float<bf16>(float x) {  // to nearest, ties to even; NaN stays 
     return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u)};
 }
 template <>
-inline fp16 from_float<fp16>(float x) {
-    return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
+inline fp16 from_float<fp16>(float x) {  // to nearest, ties to even; NaN stays NaN
+    const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14: adding 1/2 leaves the denormal, rounded, in the low bits.
+    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t finite = magnitude < 0x38800000u ? small : normal;
+    const uint32_t half = magnitude >= 0x47800000u ? special : finite;
+    return {static_cast<uint16_t>(half | (bits >> 16 & 0x8000u))};
 }
 
 // visit_float(dtype, [&]<typename T>() { ... });
