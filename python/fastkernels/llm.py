@@ -199,6 +199,8 @@ class LLM:
             return prompt
         if self.tokenizer is None:
             raise RequestError(f"{self.name} has no tokenizer; give token ids")
+        if not prompt:  # also where a tokenizer would put a token of its own before nothing
+            raise RequestError("the prompt is empty; it must have at least one character")
         return self.tokenizer.encode(prompt)
 
     def _run(self, generations: list[Generation]) -> None:

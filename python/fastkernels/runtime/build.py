@@ -12,8 +12,8 @@ import torch
 from fastkernels._library import _C
 from fastkernels.checkpoint import Checkpoint, GenerationConfig, Tokenizer, read_generation_config
 from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
-from fastkernels.compiler.ledger import kv_bytes_per_page
-from fastkernels.config import EngineConfig, ModelConfig
+from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
+from fastkernels.config import ConfigError, EngineConfig, ModelConfig
 from fastkernels.errors import DeviceError, ModelNotFoundError
 from fastkernels.models.presets import PRESETS
 from fastkernels.runtime.engine import Engine
@@ -114,10 +114,24 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
 
     available_bytes = _available_bytes(device, options.kv_cache_fraction)
     bytes_per_page = kv_bytes_per_page(source.config, options.page_size, dtype.itemsize)
-    max_seq_len = options.max_seq_len or source.config.max_position_embeddings
+    context = source.config.max_position_embeddings
+    if options.max_seq_len is not None and options.max_seq_len > context:
+        raise ConfigError(f"max_seq_len is {options.max_seq_len}; the model's context has {context} tokens")
+    max_seq_len = options.max_seq_len or context
     if options.max_seq_len is None:
         roof = options.kv_cache_bytes or available_bytes
         max_seq_len = max(min(max_seq_len, roof // bytes_per_page * options.page_size), 2)
+
+    if device.type == "cuda":  # refuse what cannot fit before anything is loaded
+        planned = estimate(
+            plan,
+            max_num_tokens=options.max_num_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_seq_len=max_seq_len,
+            page_size=options.page_size,
+            element_bytes=dtype.itemsize,
+        )
+        planned.kv_pages_that_fit(available_bytes)
 
     def loaded(done: int, total: int) -> None:
         report("loading weights", done, total)

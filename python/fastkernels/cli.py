@@ -1,0 +1,52 @@
+"""fastkernels: the commands of the package as one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastkernels.generate import generate
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Run large language models with hand-written CUDA and CPU kernels.
+
+    \b
+    fastkernels generate                 the demo model continues a line of Python
+    fastkernels generate --help          models, sampling, JSON output
+    fastkernels inspect demo             what a model is compiled to
+    fastkernels --install-completion     completion for your shell
+    """,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastkernels import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(name="generate")(generate)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="fastkernels")
+
+
+if __name__ == "__main__":
+    main()
