@@ -188,10 +188,10 @@ def _check_numbers(
         f"{op}: num_q_heads is {q.shape[1]}, but the op takes multiples of num_kv_heads ({num_kv_heads})",
     )
     require(
-        0 <= window < 2**31, f"{op}: window is {window}, but the op takes a number of tokens, or 0 for none"
+        0 <= window < 2**31, f"{op}: window is {window}, but the op takes a number of tokens or 0 for none"
     )
     require(
-        soft_cap >= 0.0, f"{op}: soft_cap is {soft_cap}, but the op takes a positive number, or 0 for none"
+        soft_cap >= 0.0, f"{op}: soft_cap is {soft_cap}, but the op takes a positive number or 0 for none"
     )
     return q.shape[2] ** -0.5 if scale is None else scale
 
