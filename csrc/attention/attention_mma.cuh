@@ -8,7 +8,7 @@
 // warp w fetches keys [16w, 16w + 16) of each. Rows of shared memory are padded by 16 bytes, which makes their
 // length an odd number of 16-byte pieces: ldmatrix and cp.async meet no bank conflict, and every address is a base
 // plus a constant. The item decides, uniformly for the block, between
-//   prefill: kRows rows; warp w owns rows [16w, 16w + 16) of each 64, as do its registers, and walks all keys;
+//   prefill: up to kRows rows; warp w owns rows [16w, 16w + 16) of each 64 and walks all keys;
 //   decode:  16 rows, owned by every warp; warp w walks only the keys it fetched, so the main loop has no block
 //            barrier, and the warps merge their (max, sum, O) at the end.
 // Softmax is online, in powers of 2; P stays in registers; O is rescaled only when a maximum of the warp grew.
@@ -44,7 +44,7 @@ struct MmaShape {
     static constexpr int kStride = D + 8;              // elements between rows in shared memory
     static constexpr int kSlot = kTileKeys * kStride;  // elements of a block of K or of V
     // The queries of a prefill tile take kRowTiles slots, the ring the others. Two blocks fit an SM of 227 KB, one of
-    // 99 KB; 64 KB or more are in flight on an SM in decode.
+    // 99 KB; two in decode have 80 to 128 KB of keys in flight.
     static constexpr int kSlots = D <= 96 ? 6 : D <= 128 ? 5 : 3;
     static constexpr int kSharedBytes = kSlots * kSlot * 2;
     static constexpr int kMergeStride = D + 8;  // floats; the decode warps' O of 16 rows each
@@ -489,10 +489,10 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
 template <typename T, int D>
 __device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
                                 float* weights) {
-    __shared__ bool last;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, splits = item.num_splits;
     __threadfence();
     __syncthreads();
+    bool last = false;
     if (threadIdx.x == 0) {
         // Wraps to 0 at the last, ready for the next launch. The map is const to its readers but for these counters.
         int32_t* counters = const_cast<int32_t*>(a.p.work_map) + kHeaderInts;
@@ -501,8 +501,7 @@ __device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item,
             splits - 1);
         last = before == static_cast<unsigned>(splits - 1);
     }
-    __syncthreads();
-    if (!last) {
+    if (!__syncthreads_or(last)) {
         return;
     }
     __threadfence();

@@ -15,7 +15,7 @@
 
 namespace fastkernels {
 
-struct WorkItem {
+struct alignas(16) WorkItem {
     int32_t seq;
     int32_t tile;         // row tile within the sequence
     int32_t split;        // this item's part of the tile's keys ...
