@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 __version__: str = _C.version
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "TextPiece", "__version__", "errors", "ops"]
+__all__ = [
+    "LLM",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPiece",
+    "__version__",
+    "errors",
+    "ops",
+    "register_with_transformers",
+]
 
 _IN_LLM = ("LLM", "RequestOutput", "TextPiece")
 
@@ -24,3 +33,11 @@ def __getattr__(name: str) -> Any:
     if name in _IN_LLM:
         return getattr(importlib.import_module("fastkernels.llm"), name)
     raise AttributeError(f"module 'fastkernels' has no attribute {name!r}")
+
+
+def register_with_transformers() -> None:
+    """Make attn_implementation="fastkernels" known to transformers, which this imports.
+
+    What it takes: ``fastkernels.integrations.transformers``. Raises ImportError without transformers.
+    """
+    importlib.import_module("fastkernels.integrations.transformers").register()
