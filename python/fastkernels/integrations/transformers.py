@@ -1,8 +1,8 @@
 """attn_implementation="fastkernels" for the models of transformers; importing this module registers it.
 
 Taken: causal prefill, decoding with a dynamic cache, left or right padding (padded tokens are taken out
-before the kernel, their output is zero), sliding windows, soft caps, attention that is not causal. Anything else
-raises NotImplementedError with the sentence that says what.
+before the kernel, their output is zero), sliding windows, soft caps, attention that is not causal. Anything
+else raises NotImplementedError with the sentence that says what.
 """
 
 from __future__ import annotations
@@ -86,8 +86,11 @@ def attention_forward(
         rows = [rows[0][queries], rows[1][keys], rows[2][keys]]
         cu_seqlens_q = _cumulative(q_mask)
         cu_seqlens_k = _cumulative(attention_mask)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in rows)
     out = ops.attention(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in rows),
+        q,
+        k,
+        v,
         cu_seqlens_q,
         cu_seqlens_k,
         scale=scaling,
