@@ -99,10 +99,9 @@ class Graph:
     ) -> Graph:
         """The graph with the node at each index of ``replacements`` replaced by those nodes (none: removed).
 
-        Weights that no node names any more are dropped.
+        Weights that no node names any more are dropped; the others come in the order of their nodes.
         """
         nodes = [new for index, node in enumerate(self.nodes) for new in replacements.get(index, (node,))]
         weights = {**self.weights, **{spec.name: spec for spec in new_weights}}
-        used = {name for node in nodes for name in node.weights}
-        kept = {name: spec for name, spec in weights.items() if name in used}
+        kept = {name: weights[name] for node in nodes for name in node.weights}
         return replace(self, nodes=tuple(nodes), weights=kept, output=output or self.output)

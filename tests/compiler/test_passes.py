@@ -1,0 +1,130 @@
+"""What each pass makes of a graph, and what it leaves alone."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from fastkernels.compiler import PASSES, UnknownPassError, compile_model
+from fastkernels.compiler.graph import Node, Value
+from fastkernels.compiler.passes.add_norm import add_norm
+from fastkernels.compiler.passes.merge_qkv import merge_qkv
+from fastkernels.compiler.trace import trace
+
+from tests.compiler.configs import CONFIGS
+
+NUM_LAYERS = 3
+# resolve_token_ids, attention_plan, embedding, lm_head, gather_rows, final norm
+OUTSIDE = 6
+
+
+def _ops(name: str, **options) -> Counter:
+    return Counter(step.op for step in compile_model(CONFIGS[name], **options).steps)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_before_and_after(name):
+    """A layer is 16 kernels as traced (18 with head norms) and 9 fused (11)."""
+    head_norms = 2 if name == "qwen3" else 0
+    report = compile_model(CONFIGS[name]).report
+    assert report.kernels_before == OUTSIDE + NUM_LAYERS * (16 + head_norms)
+    assert report.kernels_after == OUTSIDE + NUM_LAYERS * (9 + head_norms)
+    assert list(report.after_pass) == list(PASSES)
+    assert report.after_pass["merge_qkv"] == report.kernels_before - 2 * NUM_LAYERS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_passes_every_op_is_its_own(name):
+    ops = _ops(name, disabled_passes=list(PASSES))
+    assert set(ops) == {
+        *("resolve_token_ids", "attention_plan", "embedding", "rms_norm", "linear", "rope", "append_kv"),
+        *("paged_attention", "add", "silu", "mul", "gather_rows"),
+    }
+    assert ops["linear"] == NUM_LAYERS * 7 + 1
+    assert ops["add"] == NUM_LAYERS * 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("disabled", PASSES)
+def test_one_pass_off(name, disabled):
+    plan = compile_model(CONFIGS[name], disabled_passes=[disabled])
+    assert plan.report.disabled_passes == (disabled,)
+    assert disabled not in plan.report.after_pass
+    fused = {"rope_append": "rope_append_kv", "act_mul": "silu_mul", "add_norm": "add_rms_norm"}
+    if disabled in fused:
+        assert fused[disabled] not in {step.op for step in plan.steps}
+    if disabled == "merge_gate_up":  # two tensors are not the halves of one
+        assert "silu_mul" not in {step.op for step in plan.steps}
+
+
+def test_merged_projection_and_its_views():
+    plan = compile_model(CONFIGS["qwen2"])
+    spec = plan.weights["model.layers.1.self_attn.qkv_proj.weight"]
+    assert spec.how == "concat_rows"
+    assert spec.sources == tuple(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
+    assert spec.shape == (320 + 160 + 160, 160)
+    assert spec.source_rows == (320, 160, 160)
+    assert plan.weights["model.layers.1.self_attn.qkv_proj.bias"].shape == (640,)
+    k = plan.buffers["layers.1.self_attn.view_2"]
+    assert (k.kind, k.base, k.offset, k.row_shape) == ("alias", "layers.1.self_attn.qkv_proj", 320, (2, 80))
+
+
+def test_head_norms_and_rotation_stay_in_the_merged_projection():
+    plan = compile_model(CONFIGS["qwen3"])
+    views = ("layers.0.self_attn.view", "layers.0.self_attn.view_2")
+    norms = [step for step in plan.steps if step.op == "rms_norm" and step.inputs[0] in views]
+    assert len(norms) == 2
+    assert all(step.inputs[0] == step.outputs[0] for step in norms)
+    rotation = next(step for step in plan.steps if step.op == "rope_append_kv")
+    assert rotation.outputs == (rotation.inputs[0],)
+
+
+def test_residual_is_updated_in_place():
+    plan = compile_model(CONFIGS["llama"])
+    adds = [step for step in plan.steps if step.op == "add_rms_norm"]
+    assert {step.inputs[1] for step in adds} == {"embed_tokens"}
+    assert {step.outputs[1] for step in adds} == {"embed_tokens"}
+
+
+def test_projections_of_unlike_biases_stay_apart():
+    graph = trace(CONFIGS["qwen2"])
+    nodes = tuple(
+        replace(node, weights=node.weights[:1]) if node.outputs and "k_proj" in node.outputs[0].name else node
+        for node in graph.nodes
+    )
+    assert merge_qkv(replace(graph, nodes=nodes)).nodes == nodes
+
+
+def test_a_residual_that_is_read_later_is_not_overwritten():
+    x, h, total, normed, late, out = (
+        Value(name, (8,)) for name in ("x", "h", "total", "normed", "late", "out")
+    )
+    nodes = (
+        Node("add", (h, x), (total,)),
+        Node("rms_norm", (total,), (normed,), ("model.norm.weight",), {"eps": 1e-6}),
+        Node("add", (h, x), (late,)),
+        Node("mul", (late, normed), (out,)),
+    )
+    graph = replace(trace(CONFIGS["llama"]), nodes=nodes, output=out)
+    assert add_norm(graph).nodes == nodes
+
+
+def test_select_rows_projects_only_what_is_asked_for():
+    def head(**options):
+        plan = compile_model(CONFIGS["llama"], **options)
+        return [step.op for step in plan.steps[plan.head_start :]]
+
+    assert head() == ["gather_rows", "linear"]
+    assert head(disabled_passes=["select_rows"]) == ["gather_rows"]
+
+
+def test_passes_do_not_change_their_graph():
+    graph = trace(CONFIGS["qwen3"])
+    nodes, weights = graph.nodes, dict(graph.weights)
+    for run in PASSES.values():
+        run(graph)
+    assert graph.nodes == nodes and graph.weights == weights
+
+
+def test_unknown_pass_is_named():
+    with pytest.raises(UnknownPassError, match=r"no pass is called 'fuse_all'; there are merge_qkv, "):
+        compile_model(CONFIGS["llama"], disabled_passes=["fuse_all"])
