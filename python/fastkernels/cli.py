@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fastkernels.generate import generate
+from fastkernels.generate import EPILOG, generate
+from fastkernels.inspect import inspect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +41,8 @@ def _root(
     pass
 
 
-app.command(name="generate")(generate)
+app.command(name="generate", epilog=EPILOG)(generate)
+app.command(name="inspect")(inspect)
 
 
 def main() -> None:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastkernels.config import SamplingParams
+from fastkernels.errors import RequestError
 from fastkernels.progress import failing_clearly, loading_progress
 
 if TYPE_CHECKING:
-    from fastkernels.config import SamplingParams
     from fastkernels.llm import LLM, RequestOutput
 
 DEMO_PROMPT = "def fibonacci(n):"
 
-_EPILOG = """
+EPILOG = """
 Examples:
 
 \b
@@ -86,8 +87,6 @@ def generate(
     The text goes to stdout; progress and, at the end, a line of figures go to stderr.
     """
     with failing_clearly():
-        from fastkernels.config import SamplingParams  # torch is imported only once the arguments are sound
-
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -98,7 +97,7 @@ def generate(
             stop=tuple(stop or ()),
         )
         text = _read_prompt(prompt, prompt_file, demo=model == "demo" and not chat)
-        from fastkernels.llm import LLM
+        from fastkernels.llm import LLM  # the engine is imported once the arguments are known to be sound
 
         with loading_progress() as progress:
             llm = LLM(model, device=device.value, dtype=dtype.value, max_num_seqs=1, progress=progress)
@@ -116,8 +115,6 @@ def generate(
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None, *, demo: bool) -> str:
     """From --prompt, --prompt-file or stdin; the demo has a prompt of its own when nothing is piped in."""
-    from fastkernels.errors import RequestError
-
     if prompt is not None and prompt_file is not None:
         raise RequestError("--prompt and --prompt-file were both given; give one of them")
     if prompt is not None:
@@ -172,7 +169,7 @@ def _print_figures(llm: LLM, output: RequestOutput) -> None:
 
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command(epilog=_EPILOG)(generate)
+app.command(epilog=EPILOG)(generate)
 
 
 if __name__ == "__main__":

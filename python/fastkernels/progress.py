@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from fastkernels.config import debug
+
 
 @contextmanager
 def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
@@ -32,8 +34,6 @@ def failing_clearly() -> Iterator[None]:
     try:
         yield
     except (ValueError, MemoryError, NotImplementedError) as error:
-        from fastkernels.config import debug
-
         if debug() or not _is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)

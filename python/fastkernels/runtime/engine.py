@@ -28,6 +28,9 @@ from fastkernels.runtime.scheduler import Batch, Request, Scheduler
 from fastkernels.runtime.step import StepBuffers
 
 
+_ROUNDED_FROM, _ROUNDED_TO = 512, 64  # tokens of a step without a graph, on CUDA
+
+
 class StepExecutor(Protocol):
     """What the engine asks of ``runtime.executor.Executor``."""
 
@@ -253,7 +256,10 @@ class Engine:
         if self._closed:
             raise EngineClosedError("the engine is closed; make a new one to serve requests")
         try:
-            return self._step()
+            if not self._asynchronous:
+                return self._step()
+            with torch.cuda.device(self._inputs.device):  # whose current stream the events are recorded on
+                return self._step()
         except BaseException:
             self._abort_all()
             raise
@@ -288,9 +294,7 @@ class Engine:
         for request in batch.admitted:
             assert isinstance(request, Generation) and request.values is not None
             self._sampler.admit(request, request.values)
-        bucket = bisect.bisect_left(self._buckets, num_tokens)
-        replayed = bucket < len(self._buckets)
-        padded = self._buckets[bucket] if replayed else num_tokens
+        padded, replayed = self._padded(num_tokens)
         pages = self._packer.pack(batch, padded)
         num_top = 0
         rows = np.empty(num_logits, dtype=np.intp)
@@ -315,6 +319,16 @@ class Engine:
         stats.num_steps += 1
         stats.max_pages_used = max(stats.max_pages_used, self.kv_cache.num_used)
         return _UnderWay(batch.samples, step), in_model
+
+    def _padded(self, num_tokens: int) -> tuple[int, bool]:
+        """Rows that a step of num_tokens tokens runs with, and whether as a graph."""
+        bucket = bisect.bisect_left(self._buckets, num_tokens)
+        if bucket < len(self._buckets):
+            return self._buckets[bucket], True
+        if self._asynchronous and num_tokens > _ROUNDED_FROM:  # few sizes, so that their launches are bound once
+            rounded = -(-num_tokens // _ROUNDED_TO) * _ROUNDED_TO
+            return min(rounded, self._inputs.max_num_tokens), False
+        return num_tokens, False
 
     def _read(self, samples: list[Request], step: SampledStep) -> list[Generation]:
         """Gives each request the token it got, and ends those it ends."""
