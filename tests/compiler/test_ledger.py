@@ -24,7 +24,7 @@ def test_pages_take_what_is_left():
 def test_what_does_not_fit_is_refused_with_the_sum():
     message = (
         r"no memory for the KV cache: weights 1,000 B \+ arena 200 B \+ workspaces 30 B \+ graphs 4 B \+ "
-        r"1 KV pages of 16 tokens x 100 B = 100 B: together 1.30 KiB, 1 bytes more than the 1.30 KiB available"
+        r"1 KV pages of 16 tokens x 100 B = 100 B: together 1.30 KiB, 1 bytes more than the 1.30 KiB"
     )
     with pytest.raises(EngineMemoryError, match=message):
         LEDGER.kv_pages_that_fit(1333)

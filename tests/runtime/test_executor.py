@@ -1,4 +1,4 @@
-"""The executor against the plain model definition: chunked prefill, decode, batches, every pass switched off."""
+"""The executor against the plain model definition: chunks, decode, batches, any pass switched off."""
 
 from __future__ import annotations
 
