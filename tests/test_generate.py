@@ -7,21 +7,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from typer.testing import CliRunner
-
 import fastkernels
+import pytest
 from fastkernels import LLM, SamplingParams, cli
 from fastkernels.generate import app
+from typer.testing import CliRunner
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 GENERATE = ("-m", "fastkernels.generate")
 CLI = ("-m", "fastkernels.cli")
 
 
-def run(*arguments: str, stdin: str = "", command: tuple[str, ...] = GENERATE) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, stdin: str = "", command: tuple[str, ...] = GENERATE
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command, *arguments], input=stdin, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [sys.executable, *command, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
     )
 
 

@@ -3,15 +3,15 @@
 import random
 from pathlib import Path
 
+import fastkernels
 import pytest
 import torch
-
-import fastkernels
 from fastkernels import LLM, SamplingParams
 from fastkernels.checkpoint import ChatTemplateError
 from fastkernels.compiler import EngineMemoryError
 from fastkernels.config import ConfigError
 from fastkernels.errors import DeviceError, EngineClosedError, ModelNotFoundError, RequestError
+
 from tests.checkpoints import CASES, make_checkpoint, make_model
 
 VOCAB_SIZE = 1003
@@ -49,7 +49,7 @@ def demo():
         yield llm
 
 
-# --- the same as transformers -------------------------------------------------------------------------------------
+# --- the same as transformers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,12 +75,14 @@ def test_greedy_continuation_is_transformers(case: str, tmp_path: Path) -> None:
 def test_stop_tokens_of_the_checkpoint_end_the_output(folder: Path, llm: LLM) -> None:
     free = llm.generate(prompt_of(5), SamplingParams(max_tokens=60, ignore_eos=True))[0]
     stop = free.token_ids[20]
-    output = llm.generate(prompt_of(5), SamplingParams(max_tokens=60, ignore_eos=True, stop_token_ids=(stop,)))[0]
+    output = llm.generate(
+        prompt_of(5), SamplingParams(max_tokens=60, ignore_eos=True, stop_token_ids=(stop,))
+    )[0]
     assert output.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
     assert output.finish_reason == "stop"
 
 
-# --- batching changes nothing -------------------------------------------------------------------------------------
+# --- batching changes nothing -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,9 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     alone = llm.generate(prompt_of(9), params)[0].token_ids
     together = llm.generate([prompt_of(20), prompt_of(9), prompt_of(33)], params)[1].token_ids
-    other = llm.generate(prompt_of(9), SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, ignore_eos=True))
+    other = llm.generate(
+        prompt_of(9), SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, ignore_eos=True)
+    )
     assert alone == together != other[0].token_ids
 
 
@@ -122,7 +126,7 @@ def test_logits_do_not_depend_on_chunks_or_what_runs(folder: Path, llm: LLM) -> 
         torch.testing.assert_close(chunked.logits(prompt_of(60)), whole, rtol=1e-5, atol=1e-5)
 
 
-# --- text, streams, chats -----------------------------------------------------------------------------------------
+# --- text, streams, chats ---------------------------------------------------------------------------------
 
 
 def test_streamed_pieces_make_up_the_text(demo: LLM) -> None:
@@ -186,7 +190,8 @@ def test_logprobs_are_those_of_the_logits(llm: LLM) -> None:
 
 def test_parameters_one_each(llm: LLM) -> None:
     outputs = llm.generate(
-        [prompt_of(4), prompt_of(4)], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=5, ignore_eos=True)]
+        [prompt_of(4), prompt_of(4)],
+        [SamplingParams(max_tokens=3), SamplingParams(max_tokens=5, ignore_eos=True)],
     )
     assert len(outputs[0].token_ids) <= 3 and len(outputs[1].token_ids) == 5
 
@@ -197,7 +202,7 @@ def test_random_weights_at_a_checkpoints_shapes(folder: Path) -> None:
     assert len(output.token_ids) == 24 and output.text == ""
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,9 @@ def test_parameters_must_match_the_prompts(llm: LLM) -> None:
 
 
 def test_an_unknown_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="there is no model '.*nowhere': give a checkpoint folder, 'demo'"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"there is no model '.*nowhere': give a checkpoint folder, 'demo'"
+    ):
         LLM(tmp_path / "nowhere")
     with pytest.raises(ModelNotFoundError, match="names the shapes of a model, not a checkpoint"):
         LLM("llama-3.1-8b")
@@ -261,9 +268,13 @@ def test_an_unknown_option_is_refused() -> None:
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_arithmetic(folder: Path) -> None:
-    with pytest.raises(EngineMemoryError, match=r"one sequence of 128 tokens takes 8 pages x 60.00 KiB = 480.00 KiB"):
+    with pytest.raises(
+        EngineMemoryError, match=r"one sequence of 128 tokens takes 8 pages x 60.00 KiB = 480.00 KiB"
+    ):
         LLM(folder, device="cpu", max_seq_len=128, kv_cache_bytes=300_000)
-    with pytest.raises(EngineMemoryError, match=r"kv_cache_bytes asks for 8.00 TiB, and .* are available on cpu"):
+    with pytest.raises(
+        EngineMemoryError, match=r"kv_cache_bytes asks for 8.00 TiB, and .* are available on cpu"
+    ):
         LLM(folder, device="cpu", kv_cache_bytes=1 << 43)
     with LLM(folder, device="cpu", kv_cache_bytes=300_000) as llm:  # nothing asked for: the context shrinks
         assert llm.num_pages == 4 and llm.max_seq_len == 64

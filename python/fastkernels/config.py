@@ -342,13 +342,13 @@ def _positive_number(value: Any, what: str) -> float:
     return float(value)
 
 
-# --- requests -----------------------------------------------------------------------------------------------------
+# --- requests ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends. None: the checkpoint's generation_config.json
-    decides, else the value in brackets.
+    """How the tokens of one request are chosen, and when it ends. None: the checkpoint's
+    generation_config.json decides, else the value in brackets.
 
     max_tokens:         tokens to generate at most; from 1
     temperature:        0 takes the likeliest token; [0, or 1 where the checkpoint asks for sampling]
@@ -356,7 +356,8 @@ class SamplingParams:
     top_p:              sample among the likeliest that hold this probability together; (0, 1] [1]
     min_p:              drop tokens less likely than min_p times the likeliest; [0, 1] [0]
     repetition_penalty: divides positive and multiplies negative logits of tokens that occurred; > 0 [1]
-    presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and per occurrence
+    presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and per
+                                         occurrence
     seed:               the same seed gives the same text, whatever else runs; None draws one
     stop:               texts that end the output, which is cut before them
     stop_token_ids:     tokens that end the output, beside the checkpoint's own
@@ -419,7 +420,7 @@ class SamplingParams:
 MAX_LOGPROBS = 64
 
 
-# --- the engine ---------------------------------------------------------------------------------------------------
+# --- the engine ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +429,8 @@ class EngineConfig:
 
     device:            "auto" (CUDA where there is a GPU and this build has kernels for it), "cuda", "cpu"
     dtype:             "auto" (the checkpoint's on CUDA, fp32 on the CPU), "bf16", "fp16", "fp32"
-    max_seq_len:       tokens of a prompt and its output together; None: the model's, or what the KV cache holds
+    max_seq_len:       tokens of a prompt and its output together; None: the model's, or what the KV cache
+                       holds
     max_num_seqs:      requests that run at once
     max_num_tokens:    tokens of a step at most; longer prompts go in chunks
     page_size:         tokens of a KV cache page; a power of two
@@ -457,7 +459,12 @@ class EngineConfig:
             raise ConfigError(f"device is {self.device!r}; it must be auto, cuda, cuda:<index> or cpu")
         if self.dtype not in ENGINE_DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(ENGINE_DTYPES)}")
-        for name, low in (("max_seq_len", 2), ("max_num_seqs", 1), ("max_num_tokens", 1), ("kv_cache_bytes", 1)):
+        for name, low in (
+            ("max_seq_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_tokens", 1),
+            ("kv_cache_bytes", 1),
+        ):
             value = getattr(self, name)
             if value is None and name in ("max_seq_len", "kv_cache_bytes"):
                 continue
@@ -466,14 +473,16 @@ class EngineConfig:
         if type(self.page_size) is not int or self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ConfigError(f"page_size is {self.page_size!r}; it must be a power of two")
         if not 0 < self.kv_cache_fraction <= 1:
-            raise ConfigError(f"kv_cache_fraction is {self.kv_cache_fraction!r}; it must lie above 0 and be at most 1")
+            raise ConfigError(
+                f"kv_cache_fraction is {self.kv_cache_fraction!r}; it must lie above 0 and be at most 1"
+            )
 
 
 DEVICES = ("auto", "cuda", "cpu")
 ENGINE_DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
-# --- the environment ----------------------------------------------------------------------------------------------
+# --- the environment ------------------------------------------------------------------------------------
 
 
 def debug() -> bool:

@@ -1,8 +1,8 @@
 """The exceptions of the engine; each message is one sentence that says what is taken.
 
 Beside these: ``config.ConfigError`` with its ``UnsupportedModelError``, ``checkpoint.CheckpointError`` and
-``ChatTemplateError`` for what is read from a checkpoint, and ``compiler.EngineMemoryError``, whose message does the
-arithmetic of what does not fit.
+``ChatTemplateError`` for what is read from a checkpoint, and ``compiler.EngineMemoryError``, whose message
+does the arithmetic of what does not fit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ class SamplingError(ValueError):
 
 
 class RequestError(ValueError):
-    """A prompt that cannot be served: empty, longer than the context, or with token ids the model does not have."""
+    """A prompt that cannot be served: empty, longer than the context, or with token ids the model does not
+    have.
+    """
 
 
 class ModelNotFoundError(ValueError):

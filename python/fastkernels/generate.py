@@ -58,7 +58,8 @@ def generate(
         str, typer.Option(help="A Hugging Face checkpoint folder, or 'demo', the small model of the package.")
     ] = "demo",
     prompt: Annotated[
-        str | None, typer.Option(help="The text to continue. Without it and --prompt-file: stdin, when piped.")
+        str | None,
+        typer.Option(help="The text to continue. Without it and --prompt-file: stdin, when piped."),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text to continue.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
@@ -66,7 +67,9 @@ def generate(
         float | None, typer.Option(help="0 takes the likeliest token; default: what the checkpoint asks for.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest with this probability.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest with this probability.")
+    ] = None,
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")
     ] = None,
@@ -75,11 +78,16 @@ def generate(
         list[str] | None, typer.Option(help="Text that ends the output, cut before it; can be given again.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: the checkpoint's on CUDA, fp32 on the CPU.")] = DType.auto,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")] = False,
+    dtype: Annotated[
+        DType, typer.Option(help="auto: the checkpoint's on CUDA, fp32 on the CPU.")
+    ] = DType.auto,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
+    ] = False,
     stream: Annotated[bool, typer.Option(help="Show the text as it comes, or all at the end.")] = True,
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with the text and figures, and nothing else.")
+        bool,
+        typer.Option("--json", help="Print one JSON object with the text and figures, and nothing else."),
     ] = False,
 ) -> None:
     """Continue a text with a language model.
@@ -104,7 +112,7 @@ def generate(
         with llm:
             given = llm.encode_chat([{"role": "user", "content": text}]) if chat else text
             if json_output:
-                output = llm.generate(given, params)[0]  # type: ignore[arg-type]
+                output = llm.generate(given, params)[0]
                 print(json.dumps(_report(llm, output)))
                 return
             if text is DEMO_PROMPT:  # nobody typed it, so show what is being continued

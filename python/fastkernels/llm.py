@@ -23,8 +23,8 @@ __all__ = ["LLM", "Prompt", "RequestOutput", "TextPiece", "Timings", "TokenLogpr
 
 @dataclass(frozen=True)
 class Timings:
-    """ttft_ms: from the request's arrival to its first token; tokens_per_s: of the tokens after the first, or of the
-    only one from the arrival on."""
+    """ttft_ms: from the request's arrival to its first token; tokens_per_s: of the tokens after the first, or
+    of the only one from the arrival on."""
 
     ttft_ms: float
     tokens_per_s: float
@@ -70,8 +70,8 @@ class LLM:
     disabled_passes, cuda_graphs, random_weights: see ``config.EngineConfig``
     progress: called with (stage, done, total) while the model is loaded
 
-    Raises ModelNotFoundError, DeviceError, CheckpointError, ConfigError, or EngineMemoryError with the arithmetic.
-    Closing frees the memory; as a context manager it closes itself. Not thread-safe.
+    Raises ModelNotFoundError, DeviceError, CheckpointError, ConfigError, or EngineMemoryError with the
+    arithmetic. Closing frees the memory; as a context manager it closes itself. Not thread-safe.
     """
 
     def __init__(self, model: str | Path, *, progress: Progress | None = None, **options: Any) -> None:
@@ -87,10 +87,12 @@ class LLM:
         self.plan = self._built.plan
         self.ledger = self._built.ledger
 
-    # --- generating -------------------------------------------------------------------------------------------------
+    # --- generating ------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """The continuation of each prompt, in their order; they run together.
 
@@ -103,7 +105,9 @@ class LLM:
         return [self._output(generation) for generation in generations]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[TextPiece]:
         """Like ``generate``, piece by piece as the tokens come. Closing the iterator aborts what is left."""
         return self._stream(self._prepare(prompts, params))
@@ -113,7 +117,8 @@ class LLM:
     ) -> RequestOutput:
         """The answer to a chat, [{"role": "user", "content": ...}, ...], in the checkpoint's own template.
 
-        options: for the template, see ``checkpoint.Tokenizer.render_chat``. Raises ChatTemplateError without one.
+        options: for the template, see ``checkpoint.Tokenizer.render_chat``. Raises ChatTemplateError without
+                 one.
         """
         return self.generate([self.encode_chat(messages, **options)], params)[0]
 
@@ -127,7 +132,7 @@ class LLM:
         """fp32 [num_tokens, vocab_size], on the CPU: what the model says after each token of one sequence."""
         return self._engine.logits(token_ids)
 
-    # --- state ------------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     @property
     def stats(self) -> EngineStats:
@@ -143,6 +148,7 @@ class LLM:
         if self._built is None:
             return
         self._built.engine.close()
+        self._built.executor.close()
         self._built = None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -156,7 +162,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- inside ------------------------------------------------------------------------------------
 
     @property
     def _engine(self) -> Engine:
@@ -175,7 +181,9 @@ class LLM:
         else:
             each = list(params)
             if len(each) != len(listed):
-                raise RequestError(f"there are {len(listed)} prompts and {len(each)} SamplingParams; give one each")
+                raise RequestError(
+                    f"there are {len(listed)} prompts and {len(each)} SamplingParams; give one each"
+                )
         prepared = []
         for index, (prompt, one) in enumerate(zip(listed, each, strict=True)):
             where = f"prompt {index}: " if len(listed) > 1 else ""
@@ -184,7 +192,9 @@ class LLM:
             except ValueError as error:
                 raise RequestError(f"{where}{error}") from None
             if one.stop and self.tokenizer is None:
-                raise RequestError(f"{where}stop texts need a tokenizer, and {self.name} has none; give stop_token_ids")
+                raise RequestError(
+                    f"{where}stop texts need a tokenizer, and {self.name} has none; give stop_token_ids"
+                )
         return prepared
 
     def _add(self, prepared: list[tuple[np.ndarray, SamplingParams]], *, streaming: bool) -> list[Generation]:

@@ -11,12 +11,19 @@ from fastkernels.config import debug
 
 @contextmanager
 def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, for ``LLM(progress=...)``: a line a stage, gone when all is done. Nothing without a terminal."""
+    """A bar on stderr, for ``LLM(progress=...)``: a line a stage, gone when all is done. Nothing without a
+    terminal.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 

@@ -1,7 +1,6 @@
 import random
 
 import pytest
-
 from fastkernels._library import _C
 
 

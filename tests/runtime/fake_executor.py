@@ -1,8 +1,7 @@
-"""An executor without a model, strict about its inputs: the next token is a function of the whole sequence, which it
-reads back through slot mapping and page table, as attention does."""
+"""An executor without a model, strict about its inputs: the next token is a function of the whole sequence,
+which it reads back through slot mapping and page table, as attention does."""
 
 import torch
-
 from fastkernels.runtime.step import StepBuffers
 
 EMPTY = -1

@@ -1,5 +1,4 @@
 import pytest
-
 from fastkernels.runtime.kv_cache import KVCache
 
 

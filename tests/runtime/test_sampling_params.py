@@ -1,7 +1,6 @@
 import math
 
 import pytest
-
 from fastkernels.config import ConfigError, EngineConfig, SamplingParams
 from fastkernels.errors import SamplingError
 

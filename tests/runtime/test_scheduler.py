@@ -5,7 +5,6 @@ from collections import Counter, deque
 
 import numpy as np
 import pytest
-
 from fastkernels.runtime.kv_cache import KVCache
 from fastkernels.runtime.scheduler import Batch, Request, Scheduler
 
@@ -184,7 +183,7 @@ def test_nobody_overtakes_the_head_of_the_queue():
     device.step()
     assert list(device.scheduler.waiting) == [big, small]
     device.run_dry()
-    assert [r.request_id for r in device.finished][0] == 0
+    assert device.finished[0].request_id == 0
 
 
 def test_a_request_larger_than_the_cache_is_refused():

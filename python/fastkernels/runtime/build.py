@@ -1,4 +1,4 @@
-"""From the name of a model to an engine that serves it: compile, load, measure, size the KV cache, capture graphs."""
+"""From the name of a model to an engine that serves it: compile, load, size the KV cache, capture graphs."""
 
 from __future__ import annotations
 
@@ -58,20 +58,22 @@ class BuiltEngine:
 def find_model(name: str | Path, *, random_weights: bool) -> ModelSource:
     """A checkpoint folder, "demo", or with random_weights the name of a preset.
 
-    Raises ModelNotFoundError when it is none of them, CheckpointError or ConfigError when a folder cannot be read.
+    Raises ModelNotFoundError when it is none of them, CheckpointError or ConfigError when a folder cannot be
+    read.
     """
     folder = DEMO_FOLDER if name == "demo" else Path(name)
     if name != "demo" and not folder.exists() and str(name) in PRESETS:
         if not random_weights:
             raise ModelNotFoundError(
-                f"{name} names the shapes of a model, not a checkpoint; give the folder of one, or random weights"
+                f"{name} names the shapes of a model, not a checkpoint; give the folder of one, "
+                "or random weights"
             )
         config = PRESETS[str(name)]
         return ModelSource(str(name), config, GenerationConfig(config.eos_token_ids), None, None)
     if not folder.is_dir():
         raise ModelNotFoundError(
-            f"there is no model {str(name)!r}: give a checkpoint folder, 'demo', or, with random weights, one of "
-            f"{', '.join(PRESETS)}"
+            f"there is no model {str(name)!r}: give a checkpoint folder, 'demo', or, with random "
+            f"weights, one of {', '.join(PRESETS)}"
         )
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
@@ -89,7 +91,9 @@ def choose_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise DeviceError(f"device {name} was asked for, but torch sees no CUDA GPU; use cpu or auto")
     if not _C.with_cuda:
-        raise DeviceError(f"device {name} was asked for, but fastkernels was built without CUDA kernels; use cpu or auto")
+        raise DeviceError(
+            f"device {name} was asked for, but fastkernels was built without CUDA kernels; use cpu or auto"
+        )
     device = torch.device(name)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
@@ -157,11 +161,11 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
     max_pages = -(-max_seq_len // options.page_size)
     if num_pages < max_pages:
         if options.max_seq_len is not None or num_pages == 0:
-            needed = max_pages * bytes_per_page
+            needed, room = max_pages * bytes_per_page, num_pages * bytes_per_page
             raise EngineMemoryError(
                 f"no memory for the KV cache: one sequence of {max_seq_len} tokens takes {max_pages} pages x "
-                f"{format_bytes(bytes_per_page)} = {format_bytes(needed)}, and there is room for {num_pages} pages = "
-                f"{format_bytes(num_pages * bytes_per_page)}; lower max_seq_len or raise kv_cache_bytes"
+                f"{format_bytes(bytes_per_page)} = {format_bytes(needed)}, and there is room for {num_pages} "
+                f"pages = {format_bytes(room)}; lower max_seq_len or raise kv_cache_bytes"
             )
         max_seq_len = num_pages * options.page_size
     executor.set_kv_cache(num_pages)
@@ -207,9 +211,10 @@ def _num_pages(
     most = options.max_num_seqs * pages_per_seq
     if options.kv_cache_bytes is not None:
         if options.kv_cache_bytes > available_bytes:
+            asked, available = format_bytes(options.kv_cache_bytes), format_bytes(available_bytes)
             raise EngineMemoryError(
-                f"no memory for the KV cache: kv_cache_bytes asks for {format_bytes(options.kv_cache_bytes)}, and "
-                f"{format_bytes(available_bytes)} are available on {device}"
+                f"no memory for the KV cache: kv_cache_bytes asks for {asked}, and {available} are available "
+                f"on {device}"
             )
         return min(options.kv_cache_bytes // bytes_per_page, most)
     if device.type == "cuda":

@@ -1,9 +1,9 @@
 """The loop: plan a step, pack it, launch it, and read what the step before it sampled.
 
-On a GPU the host is one step ahead of what it has read: sampled ids stay on the device and feed the next step, and the
-host reads step n while step n + 1 runs. Lengths are known in advance, so they end a request at once; a stop token or
-stop text is seen one step late, and the token of the surplus step is dropped. On the CPU a step has run when the
-launch returns, so it is read at once; the code is the same.
+On a GPU the host is one step ahead of what it has read: sampled ids stay on the device and feed the next
+step, and the host reads step n while step n + 1 runs. Lengths are known in advance, so they end a request at
+once; a stop token or stop text is seen one step late, and the token of the surplus step is dropped. On the
+CPU a step has run when the launch returns, so it is read at once; the code is the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from fastkernels.runtime.pack import StepPacker
 from fastkernels.runtime.sampler import SampledStep, Sampler, SamplingValues, resolve
 from fastkernels.runtime.scheduler import Batch, Request, Scheduler
 from fastkernels.runtime.step import StepBuffers
-
 
 _ROUNDED_FROM, _ROUNDED_TO = 512, 64  # tokens of a step without a graph, on CUDA
 
@@ -58,7 +57,8 @@ class TokenLogprob:
 class Generation(Request):
     """One request in the engine. Times are time.perf_counter's, in seconds.
 
-    finish_reason: "stop" (stop token or stop text), "length" (max_tokens or the context), "abort"; None while it runs
+    finish_reason: "stop" (stop token or stop text), "length" (max_tokens or the context), "abort"; None while
+                   it runs
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -80,8 +80,8 @@ class Generation(Request):
 class EngineStats:
     """Counters since the engine was made.
 
-    host_us:       host work of the last step that ran: planning, packing, launching and reading, without the wait for
-                   the device (and, on the CPU, without the model itself)
+    host_us:       host work of the last step that ran: planning, packing, launching and reading, without the
+                   wait for the device (and, on the CPU, without the model itself)
     total_host_us: the same, summed over the steps
     """
 
@@ -107,7 +107,8 @@ class Engine:
     """Serves requests over one executor.
 
     executor:     runs steps over ``inputs``; its KV cache has kv_cache.num_pages pages
-    buckets:      token counts that ``executor.replay`` has a CUDA graph for; steps up to the largest are padded to one
+    buckets:      token counts that ``executor.replay`` has a CUDA graph for; steps up to the largest are
+                  padded to one
     max_seq_len:  tokens of a prompt and its output together
     pipelined:    read a step only after the next was launched; None: on CUDA
     Not thread-safe.
@@ -143,9 +144,11 @@ class Engine:
         self._next_id = 0
         self._closed = False
 
-    # --- requests ---------------------------------------------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------------
 
-    def check_prompt(self, token_ids: Sequence[int] | np.ndarray, *, room_for_output: bool = True) -> np.ndarray:
+    def check_prompt(
+        self, token_ids: Sequence[int] | np.ndarray, *, room_for_output: bool = True
+    ) -> np.ndarray:
         """The prompt as int32 [num_tokens]. Raises RequestError when it cannot be served."""
         if len(token_ids) == 0:
             raise RequestError("the prompt is empty; it must have at least one token")
@@ -160,7 +163,9 @@ class Engine:
             raise RequestError(f"the prompt has token id {bad}; the model takes 0 to {self._vocab_size - 1}")
         if len(ids) + room_for_output > self.max_seq_len:
             beside = ", of which at least one must be left for the output" if room_for_output else ""
-            raise RequestError(f"the prompt has {len(ids)} tokens; the context takes {self.max_seq_len}{beside}")
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; the context takes {self.max_seq_len}{beside}"
+            )
         return ids.astype(np.int32)
 
     def add(
@@ -212,17 +217,18 @@ class Engine:
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """fp32 [num_tokens, vocab_size] on the CPU: what the model says after each token of one sequence.
 
-        Runs at once, in chunks, beside the requests there are. Raises RequestError for a sequence that cannot be
-        served, or while there is no row or too few pages left for it.
+        Runs at once, in chunks, beside the requests there are. Raises RequestError for a sequence that cannot
+        be served, or while there is no row or too few pages left for it.
         """
         if self._closed:
             raise EngineClosedError("the engine is closed; make a new one to serve requests")
         tokens = self.check_prompt(token_ids, room_for_output=False)
         row = self.scheduler.borrow_row(len(tokens))
         if row is None:
+            needed = self.kv_cache.pages_for(len(tokens))
             raise RequestError(
-                f"logits of {len(tokens)} tokens need a row and {self.kv_cache.pages_for(len(tokens))} KV pages, and "
-                f"{self.kv_cache.num_free} pages are free beside the requests that run; ask again when some have ended"
+                f"logits of {len(tokens)} tokens need a row and {needed} KV pages, and beside the requests that "
+                f"run {self.kv_cache.num_free} pages are free; ask again when some have ended"
             )
         request = Request.from_prompt(-1, tokens, 0)
         request.row = row
@@ -230,7 +236,9 @@ class Engine:
         try:
             for start in range(0, len(tokens), self.scheduler.max_num_tokens):
                 count = min(self.scheduler.max_num_tokens, len(tokens) - start)
-                rows += self._chunk_logits(Batch([request], [start], [count], num_tokens=count, decodes_only=False))
+                rows += self._chunk_logits(
+                    Batch([request], [start], [count], num_tokens=count, decodes_only=False)
+                )
         finally:
             self.scheduler.return_row(row)
         return torch.cat(rows)
@@ -249,10 +257,10 @@ class Engine:
             rows.append(self._executor.run_head(count).to("cpu", torch.float32, copy=True))
         return rows
 
-    # --- the loop ---------------------------------------------------------------------------------------------------
+    # --- the loop ------------------------------------------------------------------------------------
 
     def step(self) -> list[Generation]:
-        """One turn of the loop; returns the requests that got a token. When it raises, all requests are aborted."""
+        """One turn of the loop; returns the requests that got a token. Aborts all of them when it raises."""
         if self._closed:
             raise EngineClosedError("the engine is closed; make a new one to serve requests")
         try:
@@ -289,7 +297,7 @@ class Engine:
         return updated
 
     def _launch(self, batch: Batch) -> tuple[_UnderWay, float]:
-        """Enqueues a step; returns it and the seconds spent in the model itself, which on CUDA count as launching."""
+        """Enqueues a step; returns it and, on the CPU, the seconds the model took."""
         num_tokens, num_logits = batch.num_tokens, len(batch.samples)
         for request in batch.admitted:
             assert isinstance(request, Generation) and request.values is not None
@@ -325,7 +333,7 @@ class Engine:
         bucket = bisect.bisect_left(self._buckets, num_tokens)
         if bucket < len(self._buckets):
             return self._buckets[bucket], True
-        if self._asynchronous and num_tokens > _ROUNDED_FROM:  # few sizes, so that their launches are bound once
+        if self._asynchronous and num_tokens > _ROUNDED_FROM:  # few sizes: their launches are bound once
             rounded = -(-num_tokens // _ROUNDED_TO) * _ROUNDED_TO
             return min(rounded, self._inputs.max_num_tokens), False
         return num_tokens, False
@@ -378,6 +386,9 @@ class Engine:
 def _token_logprob(step: SampledStep, logits_row: int, token_id: int, num_top: int) -> TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
     if num_top and step.top_ids is not None and step.top_logprobs is not None:
-        ids, logprobs = step.top_ids[logits_row, :num_top].tolist(), step.top_logprobs[logits_row, :num_top].tolist()
+        ids, logprobs = (
+            step.top_ids[logits_row, :num_top].tolist(),
+            step.top_logprobs[logits_row, :num_top].tolist(),
+        )
         top = tuple(zip(ids, logprobs, strict=True))
     return TokenLogprob(token_id, float(step.logprobs[logits_row]), top)

@@ -10,12 +10,12 @@ class KVCache:
 
     num_pages:    pages there are, each of page_size tokens in every layer
     max_num_seqs: rows
-    changes:      what was written to the page lists since it was last cleared: (row, first page index). Who keeps a
-                  copy of the page table brings it up to date from here; entries past a list's end are stale, which
-                  is harmless, since seq_lens bounds what a kernel reads.
+    changes:      what was written to the page lists since it was last cleared: (row, first page index). Who
+                  keeps a copy of the page table brings it up to date from here; entries past a list's end are
+                  stale, which is harmless, since seq_lens bounds what a kernel reads.
 
-    Prefix reuse: ``share`` starts a row with pages that another holds. Only full pages may be shared: they are never
-    written again, while a row's last page belongs to it alone.
+    Prefix reuse: ``share`` starts a row with pages that another holds. Only full pages may be shared: they
+    are never written again, while a row's last page belongs to it alone.
     """
 
     def __init__(self, num_pages: int, page_size: int, max_num_seqs: int) -> None:
@@ -41,7 +41,7 @@ class KVCache:
         return -(-num_tokens // self.page_size)
 
     def append(self, row: int, num_tokens: int) -> bool:
-        """Makes room in the row for num_tokens tokens in all; False, and nothing changed, when pages run out."""
+        """Makes room in the row for num_tokens tokens in all; False and no change when pages run out."""
         pages = self.pages[row]
         missing = -(-num_tokens // self.page_size) - len(pages)
         if missing <= 0:

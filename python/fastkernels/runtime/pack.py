@@ -12,8 +12,8 @@ from fastkernels.runtime.step import HostStep, StepBuffers
 class StepPacker:
     """Turns batches into the contents of ``StepBuffers``; only numpy, and no loop over tokens.
 
-    Page tables are kept up to date from the changes the cache reports, for each host block on its own: a decode step
-    touches the few entries that are new, not the whole table.
+    Page tables are kept up to date from the changes the cache reports, for each host block on its own: a
+    decode step touches the few entries that are new, not the whole table.
     """
 
     def __init__(self, inputs: StepBuffers, kv_cache: KVCache) -> None:
@@ -29,7 +29,8 @@ class StepPacker:
     def pack(self, batch: Batch, padded_num_tokens: int) -> int:
         """Writes the batch, padded to padded_num_tokens tokens; returns the pages of its longest sequence.
 
-        Padding writes no key or value (slot -1) and belongs to no sequence. Sampling fields are the sampler's.
+        Padding writes no key or value (slot -1) and belongs to no sequence. The sampler writes its own
+        fields.
         """
         host = self._inputs.advance()
         self._update_page_table(host)

@@ -77,7 +77,8 @@ class SampledStep:
 class Sampler:
     """Sampling parameters by row, packed by logits row for each step.
 
-    The table of token counts, i32 [max_num_seqs, vocab_size], is made when the first request with penalties comes.
+    The table of token counts, i32 [max_num_seqs, vocab_size], is made when the first request with penalties
+    comes.
     """
 
     def __init__(self, inputs: StepBuffers, vocab_size: int) -> None:
@@ -118,7 +119,7 @@ class Sampler:
             self._count_known_tokens(request)
 
     def pack(self, rows: np.ndarray, sample_steps: np.ndarray) -> None:
-        """Writes the parameters of this step. rows, sample_steps: [num_logits], in order of the logits rows."""
+        """Writes the parameters of this step. rows, sample_steps: [num_logits], by logits row."""
         host, n = self._inputs.host, len(rows)
         temperature = self._temperature[rows]
         host.temperature[:n] = temperature
@@ -136,19 +137,20 @@ class Sampler:
             host.frequency_penalty[:n] = self._frequency[rows]
 
     def launch(self, logits: torch.Tensor, num_logits: int, num_top: int = 0) -> SampledStep:
-        """Samples from logits [num_logits or more, vocab_size] after the step that was packed last; does not wait.
+        """Enqueues the sampling from logits [num_logits or more, vocab_size] of the step packed last.
 
-        Changes the logits where there are penalties. num_top: the likeliest tokens to report beside each chosen one.
+        Changes the logits where there are penalties. num_top: the likeliest tokens to report beside each
+        chosen one.
         """
         inputs, kernels = self._inputs, torch.ops.fastkernels
         views = self._views.get(num_logits)
         if views is None:
             views = self._views[num_logits] = self._make_views(num_logits)
-        (temperature, top_k, top_p, min_p, seeds, steps, slots, repetition, presence, frequency, ids, logprobs) = views
+        parameters, slots, penalties, ids, logprobs = views[:6], views[6], views[7:10], views[10], views[11]
         logits = logits[:num_logits]
         if self._penalties_now:
-            kernels.penalize.default(logits, self._token_counts, slots, repetition, presence, frequency)
-        kernels.sample.default(logits, temperature, top_k, top_p, min_p, seeds, steps, ids, logprobs)
+            kernels.penalize.default(logits, self._token_counts, slots, *penalties)
+        kernels.sample.default(logits, *parameters, ids, logprobs)
         if self._penalties_now:
             kernels.count_tokens.default(ids, slots, self._token_counts)
         top_ids = top_logprobs = None

@@ -1,10 +1,10 @@
 """Which tokens of which requests go into the next step: in-flight batching with chunked prefill.
 
-Pure Python and numpy: no torch, no device. One budget of max_num_tokens tokens a step is given to the decodes first,
-then to the chunks of prompts already begun, then to new requests in order of arrival, as far as rows and pages reach.
-When a running request needs a page and none is free, the one that arrived last gives up its pages and its row, goes to
-the front of the queue and is computed again later (preemption by recompute). Nobody overtakes the head of the queue,
-so every request is served at last.
+Pure Python and numpy: no torch, no device. One budget of max_num_tokens tokens a step is given to the decodes
+first, then to the chunks of prompts already begun, then to new requests in order of arrival, as far as rows
+and pages reach. When a running request needs a page and none is free, the one that arrived last gives up its
+pages and its row, goes to the front of the queue and is computed again later (preemption by recompute).
+Nobody overtakes the head of the queue, so every request is served at last.
 
 The host plans a step before it has read what the step before sampled. A request therefore counts its tokens
 (``num_tokens``) apart from those the host knows (``num_known``): they differ by the one still on the device.
@@ -25,9 +25,10 @@ from fastkernels.runtime.kv_cache import KVCache
 class Request:
     """What the scheduler knows of one request.
 
-    tokens:       i32 [max_num_tokens]; the prompt and what was sampled after it, num_known entries of it valid
+    tokens:       i32 [max_num_tokens]; the prompt and what was sampled after it; num_known are valid
     num_tokens:   tokens there are, one still unread on the device included; at max_num_tokens it is complete
-    num_computed: leading tokens whose keys and values are in the cache, once the steps given out so far have run
+    num_computed: leading tokens whose keys and values are in the cache, once the steps given out so far have
+                  run
     """
 
     request_id: int
@@ -61,8 +62,9 @@ class Request:
 class Batch:
     """One step, by rows in ascending order.
 
-    requests: those with tokens in this step; starts, counts: their first token and number of tokens, as in requests
-    samples:  those whose last token is among them, in the order of their logits rows; sampled: as flags of requests
+    requests: those with tokens in this step
+    starts, counts, sampled: of each, its first token, how many tokens, and whether the last is among them
+    samples:  those of which it is, in the order of their logits rows
     admitted: those that were given a row in this step
     """
 
@@ -79,9 +81,10 @@ class Batch:
 class Scheduler:
     """Owns the queue, the rows and the page lists.
 
-    ``schedule`` gives out a step and counts it as computed; ``append`` tells what it sampled; ``finish`` ends a
-    request wherever it is. A request that is finished while a step with it is under way simply has the token of that
-    step dropped: its pages can be handed out at once, because the device works off steps in order.
+    ``schedule`` gives out a step and counts it as computed; ``append`` tells what it sampled; ``finish`` ends
+    a request wherever it is. A request that is finished while a step with it is under way simply has the
+    token of that step dropped: its pages can be handed out at once, because the device works off steps in
+    order.
     """
 
     def __init__(self, kv_cache: KVCache, *, max_num_seqs: int, max_num_tokens: int) -> None:
@@ -113,7 +116,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Ends a request, running or waiting; its row and pages are free at once. Ending it twice is harmless."""
+        """Ends a request, running or waiting; row and pages are free at once. Twice is harmless."""
         if request.finished:
             return
         request.finished = True
@@ -181,7 +184,7 @@ class Scheduler:
         request.num_known += 1
 
     def _make_room(self, request: Request) -> bool:
-        """Room for the request's next token; False when it was itself the last to arrive and was preempted."""
+        """Room for the request's next token; False when it was the last to arrive and was preempted."""
         while not self.kv_cache.append(request.row, request.num_tokens):
             victim = self.running[-1]
             self.preempt(victim)
@@ -195,8 +198,8 @@ class Scheduler:
             request = self.waiting[0]
             if request.num_known != request.num_tokens:
                 break  # preempted a moment ago: the host has not read its last token yet
-            # All its pages at once, since half a prompt in the cache helps nobody; and a page left over for each
-            # running request, so that it is not preempted again in the next steps.
+            # All its pages at once, since half a prompt in the cache helps nobody; and a page left over for
+            # each running request, so that it is not preempted again in the next steps.
             row = self._free_rows[-1]
             missing = self.kv_cache.pages_for(request.num_tokens)
             if self.running and self.kv_cache.num_free < missing + len(self.running):

@@ -1,4 +1,4 @@
-"""All that varies from step to step, in one block: written by the host, copied once, read by kernels in place."""
+"""All that varies from step to step, in one block: the host writes it, one copy moves it, kernels read it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _ALIGN_INTS = 16  # fields begin on 64 bytes
 class HostStep:
     """numpy views of the host's side of one block. T = max_num_tokens, S = max_num_seqs.
 
-    A row is a sequence's place in page_table, seq_lens and cu_seqlens_q; it keeps the same row as long as it runs, and
-    rows without tokens in a step have cu_seqlens_q[row] == cu_seqlens_q[row + 1]. Sampling fields go by logits row.
+    A row is a sequence's place in page_table, seq_lens and cu_seqlens_q; it keeps the same row as long as it
+    runs, and rows without tokens in a step have cu_seqlens_q[row] == cu_seqlens_q[row + 1]. Sampling fields
+    go by logits row.
     """
 
     slot_mapping: np.ndarray  # i64 [T]; page * page_size + offset; -1 writes nothing
@@ -38,17 +39,18 @@ class HostStep:
 
 
 class StepBuffers:
-    """The block on the device, whose addresses never change, and the pinned host blocks that are copied into it.
+    """The block on the device, whose addresses never change, and the pinned host blocks copied into it.
 
-    Fields of ``HostStep`` as torch views of the device block are attributes of this object; ``host`` is the host's
-    side that is being written. Two host blocks alternate, since the host packs step n + 1 while step n may still be
-    copied; ``advance`` switches and waits until the block is free. On the CPU there is one block, host's and device's.
+    Fields of ``HostStep`` as torch views of the device block are attributes of this object; ``host`` is the
+    host's side that is being written. Two host blocks alternate, since the host packs step n + 1 while step n
+    may still be copied; ``advance`` switches and waits until the block is free. On the CPU there is one
+    block, host's and device's.
 
-    page_table lies last and pages-major, so that a step copies one prefix of the block, as long as its longest
-    sequence needs.
+    page_table lies last and pages-major, so that a step copies one prefix of the block, as long as its
+    longest sequence needs.
 
-    sampled, sampled_logprobs: i32 and f32 [max_num_seqs] on the device, not part of the block: what the sampler drew in
-    the last step, by logits row; negative token ids refer to it.
+    sampled, sampled_logprobs: i32 and f32 [max_num_seqs] on the device, not part of the block: what the
+    sampler drew in the last step, by logits row; negative token ids refer to it.
     """
 
     slot_mapping: torch.Tensor
@@ -149,7 +151,7 @@ class StepBuffers:
         return 4 * (self._block.numel() + 2 * self.max_num_seqs)
 
     def advance(self) -> HostStep:
-        """Switches to the next host block, waits until its last copy is done, and returns it to be written."""
+        """Switches to the next host block, waits until its last copy is done, and returns it."""
         if self._copied:
             self._current ^= 1
             self._copied[self._current].synchronize()
@@ -157,7 +159,7 @@ class StepBuffers:
         return self.host
 
     def upload(self, max_pages_used: int) -> None:
-        """Copies the block to the device, its page table up to max_pages_used pages a sequence; does not wait."""
+        """Enqueues the copy to the device, of the page table max_pages_used pages a sequence."""
         if not self._copied:
             return
         num_ints = self._page_table_begin + max_pages_used * self.max_num_seqs
