@@ -261,8 +261,9 @@ def test_views_share_the_arena_and_the_ledger_counts_it(qwen3):
 
 
 def test_a_step_allocates_nothing(qwen3):
+    """Of two rows of tokens and logits or more; the CPU's product with a single row has a temporary."""
     executor = qwen3.executor()
-    sizes = fill(executor, {0: (qwen3.prompt[:9], 0)})
+    sizes = fill(executor, {0: (qwen3.prompt[:9], 0), 1: (qwen3.prompt[:5], 0)})
     executor.run(*sizes)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
