@@ -37,7 +37,7 @@ def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def failing_clearly() -> Iterator[None]:
-    """Turns what a user can mend into one sentence on stderr and exit code 2; Ctrl-C into 130. Others pass."""
+    """Turns what a user can mend into one sentence on stderr and exit code 2; Ctrl-C into 130."""
     try:
         yield
     except (ValueError, MemoryError, NotImplementedError) as error:
@@ -53,5 +53,5 @@ def failing_clearly() -> Iterator[None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Named exceptions of this package; anything else is a bug, and its traceback is wanted."""
+    """A named exception of this package; any other is a bug, and its traceback is wanted."""
     return type(error).__module__.startswith("fastkernels.")

@@ -227,8 +227,8 @@ class Engine:
         if row is None:
             needed = self.kv_cache.pages_for(len(tokens))
             raise RequestError(
-                f"logits of {len(tokens)} tokens need a row and {needed} KV pages, and beside the requests that "
-                f"run {self.kv_cache.num_free} pages are free; ask again when some have ended"
+                f"logits of {len(tokens)} tokens need a row and {needed} KV pages, and beside the requests "
+                f"that run {self.kv_cache.num_free} pages are free; ask again when some have ended"
             )
         request = Request.from_prompt(-1, tokens, 0)
         request.row = row
