@@ -1,5 +1,6 @@
 """LLM end to end, against transformers and against itself."""
 
+import functools
 import random
 from pathlib import Path
 
@@ -85,23 +86,32 @@ def test_stop_tokens_of_the_checkpoint_end_the_output(folder: Path, llm: LLM) ->
 # --- batching changes nothing -----------------------------------------------------------------------------
 
 
+MIXED = [prompt_of(n) for n in (1, 2, 3, 5, 8, 13, 16, 17, 21, 31, 32, 33, 47, 64, 65, 90, 100)]
+PAGE_BYTES = 3 * 2 * 2 * 16 * 80 * 4  # layers, K and V, heads, tokens, head size, fp32
+
+
 @pytest.fixture(scope="module")
-def mixed(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
-    prompts = [prompt_of(n) for n in (1, 2, 3, 5, 8, 13, 16, 17, 21, 31, 32, 33, 47, 64, 65, 90, 100)]
-    with LLM(folder, device="cpu", max_num_seqs=1) as alone:
-        return prompts, [alone.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+def alone(folder: Path):
+    """What each of MIXED gives alone, on a device."""
+
+    @functools.cache
+    def on(device: str) -> list[list[int]]:
+        with LLM(folder, device=device, dtype="fp32", max_num_seqs=1) as llm:
+            return [llm.generate(prompt, GREEDY)[0].token_ids for prompt in MIXED]
+
+    return on
 
 
 @pytest.mark.parametrize("preempting", [False, True])
 @pytest.mark.parametrize("max_num_tokens", [7, 64, 512])
-def test_every_prompt_gives_what_it_gives_alone(folder, mixed, max_num_tokens, preempting) -> None:
-    prompts, expected = mixed
-    page_bytes = 3 * 2 * 2 * 16 * 80 * 4
-    cache = {"kv_cache_bytes": 14 * page_bytes} if preempting else {}
-    with LLM(folder, device="cpu", max_num_seqs=17, max_num_tokens=max_num_tokens, **cache) as llm:
-        outputs = llm.generate(prompts, GREEDY)
+def test_every_prompt_gives_what_it_gives_alone(folder, alone, device, max_num_tokens, preempting) -> None:
+    cache = {"kv_cache_bytes": 14 * PAGE_BYTES} if preempting else {}
+    sizes = {"max_num_seqs": 17, "max_num_tokens": max_num_tokens, **cache}
+    with LLM(folder, device=device.type, dtype="fp32", **sizes) as llm:
+        outputs = llm.generate(MIXED, GREEDY)
         assert (llm.stats.num_preemptions > 0) == preempting
-    assert [output.token_ids for output in outputs] == expected
+        assert (llm.stats.num_replays > 0) == (device.type == "cuda")
+    assert [output.token_ids for output in outputs] == alone(device.type)
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:
