@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fastkernels
 import pytest
+from typer.testing import CliRunner
+
+import fastkernels
 from fastkernels import LLM, SamplingParams, cli
 from fastkernels.generate import app
-from typer.testing import CliRunner
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 GENERATE = ("-m", "fastkernels.generate")

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
+
 from fastkernels.checkpoint import CheckpointError
 from fastkernels.config import UnsupportedModelError
 from fastkernels.errors import ModelNotFoundError
 from fastkernels.inspect import app, find_config
-from typer.testing import CliRunner
 
 WIDE = {"COLUMNS": "200"}
 

@@ -4,15 +4,15 @@ import functools
 import random
 from pathlib import Path
 
-import fastkernels
 import pytest
 import torch
+
+import fastkernels
 from fastkernels import LLM, SamplingParams
 from fastkernels.checkpoint import ChatTemplateError
 from fastkernels.compiler import EngineMemoryError
 from fastkernels.config import ConfigError
 from fastkernels.errors import DeviceError, EngineClosedError, ModelNotFoundError, RequestError
-
 from tests.checkpoints import CASES, make_checkpoint, make_model
 
 VOCAB_SIZE = 1003

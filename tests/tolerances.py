@@ -10,7 +10,7 @@ ABSOLUTE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def assert_as_good_as_torch(
     result: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """result: the kernel's; plain: torch's in the same dtype on the same inputs; exact: float64 on the same inputs."""
+    """result: the kernel's; plain: torch's in the same dtype; exact: in float64; all on the same inputs."""
     dtype = dtype or result.dtype
     assert result.shape == exact.shape
     assert torch.isfinite(result).all() or not torch.isfinite(exact).all(), "an element was not written"
@@ -20,7 +20,9 @@ def assert_as_good_as_torch(
     torch_error = (plain.double().cpu() - exact.double().cpu()).abs().max().item()
     scale = max(1.0, exact.double().abs().max().item())
     limit = 2 * torch_error + ABSOLUTE[dtype] * scale
-    assert error <= limit, f"max abs error {error:.3g}, torch's in {dtype} is {torch_error:.3g}, limit {limit:.3g}"
+    assert error <= limit, (
+        f"max abs error {error:.3g}, torch's in {dtype} is {torch_error:.3g}, limit {limit:.3g}"
+    )
 
 
 def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

@@ -13,8 +13,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ host objects of fastkernels.";
     m.attr("with_cuda") = static_cast<bool>(FASTKERNELS_WITH_CUDA);
     m.attr("version") = FASTKERNELS_VERSION;
-    m.def("cpu_isa", &fastkernels::cpu::isa_name,
-          "The instruction set the CPU kernels use: baseline, avx2 or avx512.");
+    m.def("cpu_isa", &fastkernels::cpu::isa_name, "The instruction set the CPU kernels use: baseline, avx2 or avx512.");
     bind_attention(m);
     bind_page_pool(m);
 }

@@ -6,8 +6,7 @@
 
 #if FASTKERNELS_WITH_CUDA
 // Weak, so that one build loads with a CPU torch too, where nothing calls it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace fastkernels {

@@ -29,27 +29,28 @@ inline void* out(const Tensor& tensor) {
 
 // FK_LAUNCH(op, tensor, params): op_cuda on the tensor's device and stream, or op_cpu.
 #if FASTKERNELS_WITH_CUDA
-#define FK_LAUNCH(op, tensor, params)                                                 \
-    do {                                                                              \
-        if ((tensor).is_cuda()) {                                                     \
+#define FK_LAUNCH(op, tensor, params)                                                   \
+    do {                                                                                \
+        if ((tensor).is_cuda()) {                                                       \
             torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
-            op##_cuda(params, ::fastkernels::stream_of(tensor));                      \
-        } else {                                                                      \
-            op##_cpu(params);                                                         \
-        }                                                                             \
+            op##_cuda(params, ::fastkernels::stream_of(tensor));                        \
+        } else {                                                                        \
+            op##_cpu(params);                                                           \
+        }                                                                               \
     } while (false)
 #else
 #define FK_LAUNCH(op, tensor, params) op##_cpu(params)
 #endif
 
-// FK_REGISTER_IMPLS(register_impls): register_impls(m) is a list of m.impl(...) lines, registered for the CPU and, when built in, CUDA.
+// FK_REGISTER_IMPLS(register_impls): register_impls(m) is a list of m.impl(...) lines, registered for the CPU and, when
+// built in, CUDA.
 #if FASTKERNELS_WITH_CUDA
-#define FK_REGISTER_IMPLS(register_impls)                    \
-    STABLE_TORCH_LIBRARY_IMPL(fastkernels, CPU, m) {         \
-        register_impls(m);                                   \
-    }                                                        \
-    STABLE_TORCH_LIBRARY_IMPL(fastkernels, CUDA, m) {        \
-        register_impls(m);                                   \
+#define FK_REGISTER_IMPLS(register_impls)             \
+    STABLE_TORCH_LIBRARY_IMPL(fastkernels, CPU, m) {  \
+        register_impls(m);                            \
+    }                                                 \
+    STABLE_TORCH_LIBRARY_IMPL(fastkernels, CUDA, m) { \
+        register_impls(m);                            \
     }
 #else
 #define FK_REGISTER_IMPLS(register_impls)            \

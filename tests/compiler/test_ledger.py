@@ -1,6 +1,7 @@
 """The arithmetic of an engine's memory."""
 
 import pytest
+
 from fastkernels.compiler import EngineMemoryError, Ledger, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
 from fastkernels.models.presets import PRESETS

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
+
 from fastkernels.compiler import compile_model
 from fastkernels.compiler.graph import CompileError, Node, Value
 from fastkernels.compiler.lower import lower
 from fastkernels.compiler.trace import trace
-
 from tests.compiler.configs import CONFIGS
 
 

@@ -1,12 +1,12 @@
 """The arena: nothing that is alive together overlaps, and it is much smaller than the sum."""
 
 import pytest
-from fastkernels.compiler import PASSES, arena_layout, compile_model
-from fastkernels.compiler.memory import ALIGNMENT_BYTES, Lifetime, arena_lifetimes, place
-from fastkernels.models.presets import PRESETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastkernels.compiler import PASSES, arena_layout, compile_model
+from fastkernels.compiler.memory import ALIGNMENT_BYTES, Lifetime, arena_lifetimes, place
+from fastkernels.models.presets import PRESETS
 from tests.compiler.configs import CONFIGS
 
 

@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+
 from fastkernels.compiler import PASSES, UnknownPassError, compile_model
 from fastkernels.compiler.graph import Node, Value
 from fastkernels.compiler.passes.add_norm import add_norm
 from fastkernels.compiler.passes.merge_qkv import merge_qkv
 from fastkernels.compiler.trace import trace
-
 from tests.compiler.configs import CONFIGS
 
 NUM_LAYERS = 3

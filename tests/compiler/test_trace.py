@@ -4,11 +4,11 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch import nn
+
 from fastkernels.compiler.graph import CompileError
 from fastkernels.compiler.trace import trace
 from fastkernels.models import LlamaForCausalLM
-from torch import nn
-
 from tests.compiler.configs import CONFIGS
 
 

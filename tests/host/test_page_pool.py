@@ -1,6 +1,7 @@
 import random
 
 import pytest
+
 from fastkernels._library import _C
 
 

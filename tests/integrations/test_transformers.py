@@ -1,6 +1,7 @@
-import fastkernels
 import pytest
 import torch
+
+import fastkernels
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from fastkernels import ops
 from fastkernels.ops import reference
-
 from tests.ops.rope_cases import DTYPES, assert_same_bits, merged_qkv, poisoned_cache, random_slots
 
 # num_tokens, num_kv_heads, head_dim, num_pages, page_size

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from fastkernels import ops
 
+from fastkernels import ops
 from tests.ops.attention_cases import DTYPES, HEADS, check_contiguous, cumulative
 
 LENGTHS = [

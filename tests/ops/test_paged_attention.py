@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fastkernels import ops
 
+from fastkernels import ops
 from tests.conftest import CUDA_REASON
 from tests.ops.attention_cases import DTYPES, HEADS, PagedBatch
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from fastkernels import ops
 from fastkernels.ops import reference
-
 from tests.tolerances import assert_as_good_as_torch, poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from fastkernels import ops
 from fastkernels.ops import reference
-
 from tests.ops.rope_cases import DTYPES, MAX_POSITION, assert_same_bits, cos_sin_table, merged_qkv
 from tests.tolerances import assert_as_good_as_torch, poisoned
 

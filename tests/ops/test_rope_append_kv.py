@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from fastkernels import ops
 from fastkernels.ops import reference
-
 from tests.ops.rope_cases import (
     DTYPES,
     MAX_POSITION,

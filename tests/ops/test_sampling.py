@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+
 from fastkernels import ops
 from fastkernels.ops import reference
-
 from tests.tolerances import poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -2,6 +2,7 @@
 which it reads back through slot mapping and page table, as attention does."""
 
 import torch
+
 from fastkernels.runtime.step import StepBuffers
 
 EMPTY = -1

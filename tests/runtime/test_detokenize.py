@@ -1,4 +1,5 @@
 import pytest
+
 from fastkernels.runtime.detokenize import OutputText
 
 

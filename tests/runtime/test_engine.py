@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
+
 from fastkernels.checkpoint.generation_config import GenerationConfig
 from fastkernels.config import SamplingParams
 from fastkernels.errors import EngineClosedError, RequestError
 from fastkernels.runtime.engine import Engine, Generation
 from fastkernels.runtime.kv_cache import KVCache
-
 from tests.runtime.fake_executor import FakeExecutor, continuation
 
 VOCAB_SIZE = 97

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.checkpoint.weights import load_weights as load_definition
 from fastkernels.compiler import PASSES, compile_model
 from fastkernels.models import build
 from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.weights import load_weights, random_weights
-from torch import Tensor
-
 from tests.checkpoints import MAX_POSITION, SIZES, make_checkpoint
 from tests.compiler.configs import CONFIGS
 from tests.conftest import CUDA_REASON

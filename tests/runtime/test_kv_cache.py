@@ -1,4 +1,5 @@
 import pytest
+
 from fastkernels.runtime.kv_cache import KVCache
 
 

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from fastkernels.config import ConfigError, EngineConfig, SamplingParams
 from fastkernels.errors import SamplingError
 

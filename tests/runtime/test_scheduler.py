@@ -5,6 +5,7 @@ from collections import Counter, deque
 
 import numpy as np
 import pytest
+
 from fastkernels.runtime.kv_cache import KVCache
 from fastkernels.runtime.scheduler import Batch, Request, Scheduler
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fastkernels.runtime.kv_cache import KVCache
 from fastkernels.runtime.pack import StepPacker
 from fastkernels.runtime.scheduler import Request, Scheduler

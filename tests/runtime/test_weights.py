@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fastkernels.checkpoint import CheckpointError
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import compile_model
 from fastkernels.runtime.weights import load_weights, random_weights
-
 from tests.checkpoints import make_checkpoint
 from tests.compiler.configs import CONFIGS
 

@@ -22,21 +22,21 @@ const char* isa_name();
 }  // namespace fastkernels::cpu
 
 #if defined(FK_ISA_IS_BASELINE) && defined(__x86_64__)
-#define FK_CPU_ENTRY(op, Params)                                  \
-    namespace fastkernels::cpu {                                  \
-    namespace avx2 {                                              \
-    void op(const Params&);                                       \
-    }                                                             \
-    namespace avx512 {                                            \
-    void op(const Params&);                                       \
-    }                                                             \
-    }                                                             \
-    void fastkernels::op(const Params& params) {                  \
-        switch (cpu::isa()) {                                     \
-            case cpu::Isa::avx512: return cpu::avx512::op(params); \
-            case cpu::Isa::avx2: return cpu::avx2::op(params);    \
+#define FK_CPU_ENTRY(op, Params)                                       \
+    namespace fastkernels::cpu {                                       \
+    namespace avx2 {                                                   \
+    void op(const Params&);                                            \
+    }                                                                  \
+    namespace avx512 {                                                 \
+    void op(const Params&);                                            \
+    }                                                                  \
+    }                                                                  \
+    void fastkernels::op(const Params& params) {                       \
+        switch (cpu::isa()) {                                          \
+            case cpu::Isa::avx512: return cpu::avx512::op(params);     \
+            case cpu::Isa::avx2: return cpu::avx2::op(params);         \
             case cpu::Isa::baseline: return cpu::baseline::op(params); \
-        }                                                         \
+        }                                                              \
     }
 #elif defined(FK_ISA_IS_BASELINE)
 #define FK_CPU_ENTRY(op, Params)                 \
