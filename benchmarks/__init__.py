@@ -1,0 +1,1 @@
+"""How fast fastkernels is, beside the machine's floor and its peers: ``python -m benchmarks --help``."""

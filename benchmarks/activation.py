@@ -1,0 +1,61 @@
+"""silu_mul and gelu_mul."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.harness import Case, Row, run_cases
+from benchmarks.peers import compiled, vllm_ops
+from benchmarks.shapes import shapes_for, tokens_label
+from fastkernels import ops
+from fastkernels.ops import reference
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor  # [num_tokens, 2 * intermediate_size]
+    out: torch.Tensor  # [num_tokens, intermediate_size]
+
+
+def run(*, device: torch.device, quick: bool, only: str | None, compile_peers: bool = False) -> list[Row]:
+    return run_cases(_cases(device, quick, compile_peers), device=device, quick=quick, only=only)
+
+
+def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[Case]:
+    shapes = shapes_for(device, quick)
+    vllm = vllm_ops() if device.type == "cuda" else None
+    activations = (
+        ("silu_mul", ops.silu_mul, reference.silu_mul, getattr(vllm, "silu_and_mul", None)),
+        ("gelu_mul", ops.gelu_mul, reference.gelu_mul, getattr(vllm, "gelu_and_mul", None)),
+    )
+    for name, ours, plain, by_vllm in activations:
+        for num_tokens in shapes.tokens:
+            size = (num_tokens, shapes.intermediate_size)
+            yield _case(name, ours, plain, by_vllm, size, shapes.dtype, device, compile_peers)
+
+
+def _case(name, ours, plain, by_vllm, size, dtype, device, compile_peers) -> Case:
+    num_tokens, width = size
+
+    def make() -> Inputs:
+        x = torch.randn(num_tokens, 2 * width, dtype=dtype, device=device)
+        return Inputs(x, x.new_empty(num_tokens, width))
+
+    peers = {"torch eager": lambda i: lambda: plain(i.x)}
+    if compile_peers:
+        fused = compiled(plain)
+        peers["torch.compile"] = lambda i: lambda: fused(i.x)
+    if by_vllm is not None:
+        peers[f"vLLM {name.replace('_', '_and_')}"] = lambda i: lambda: (by_vllm(i.out, i.x), i.out)[1]
+    return Case(
+        name,
+        tokens_label(num_tokens),
+        dtype,
+        make=make,
+        ours=lambda i: lambda: ours(i.x, out=i.out),
+        expect=lambda i: plain(i.x.float()),
+        num_bytes=3 * num_tokens * width * dtype.itemsize,
+        peers=peers,
+    )

@@ -1,0 +1,148 @@
+"""rope, append_kv, and the two in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.harness import Case, Row, run_cases
+from benchmarks.peers import compiled
+from benchmarks.shapes import Shapes, shapes_for, tokens_label
+from fastkernels import ops
+from fastkernels.ops import reference
+
+PAGE_SIZE = 16
+MAX_POSITION = 8192
+
+
+class Inputs(NamedTuple):
+    q: torch.Tensor  # [num_tokens, num_q_heads, head_dim], with k and v a slice of the merged projection
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor  # [num_tokens] int32
+    cos_sin: torch.Tensor  # [MAX_POSITION, head_dim] fp32
+    kv_cache: torch.Tensor
+    slot_mapping: torch.Tensor  # [num_tokens] int64
+    q_out: torch.Tensor
+    k_out: torch.Tensor
+
+
+def run(*, device: torch.device, quick: bool, only: str | None, compile_peers: bool = False) -> list[Row]:
+    return run_cases(_cases(device, quick, compile_peers), device=device, quick=quick, only=only)
+
+
+def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[Case]:
+    shapes = shapes_for(device, quick)
+    for make_case in (_rope, _rope_append_kv, _append_kv):
+        for num_tokens in shapes.tokens:
+            yield make_case(num_tokens, shapes, device, compile_peers)
+
+
+def _make(num_tokens: int, s: Shapes, device: torch.device) -> Inputs:
+    qkv = torch.randn(
+        num_tokens, s.num_q_heads + 2 * s.num_kv_heads, s.head_dim, dtype=s.dtype, device=device
+    )
+    q, k, v = qkv.split([s.num_q_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
+    num_pages = -(-num_tokens // PAGE_SIZE)
+    angle = torch.rand(MAX_POSITION, s.head_dim // 2, device=device) * 6.28
+    return Inputs(
+        q,
+        k,
+        v,
+        torch.randint(MAX_POSITION, (num_tokens,), dtype=torch.int32, device=device),
+        torch.cat([angle.cos(), angle.sin()], dim=1),
+        torch.zeros(num_pages, 2, s.num_kv_heads, PAGE_SIZE, s.head_dim, dtype=s.dtype, device=device),
+        torch.randperm(num_pages * PAGE_SIZE, device=device)[:num_tokens],
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+    )
+
+
+def _write_cache(
+    k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, page: torch.Tensor, offset: torch.Tensor
+):
+    cache[page, 0, :, offset] = k
+    cache[page, 1, :, offset] = v
+    return cache
+
+
+def _expected_cache(i: Inputs, k: torch.Tensor) -> torch.Tensor:
+    page, offset = i.slot_mapping // PAGE_SIZE, i.slot_mapping % PAGE_SIZE
+    return _write_cache(k.float(), i.v.float(), i.kv_cache.clone().float(), page, offset)
+
+
+def _expected_rope(i: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.rope(i.q.float(), i.k.float(), i.positions, i.cos_sin)
+
+
+def _rope(num_tokens: int, s: Shapes, device: torch.device, compile_peers: bool) -> Case:
+    peers = {"torch eager": lambda i: lambda: reference.rope(i.q, i.k, i.positions, i.cos_sin)}
+    if compile_peers:
+        turned = compiled(lambda q, k, positions, cos_sin: reference.rope(q, k, positions, cos_sin))
+        peers["torch.compile"] = lambda i: lambda: turned(i.q, i.k, i.positions, i.cos_sin)
+    heads = s.num_q_heads + s.num_kv_heads
+    return Case(
+        "rope",
+        tokens_label(num_tokens),
+        s.dtype,
+        make=lambda: _make(num_tokens, s, device),
+        ours=lambda i: lambda: ops.rope(i.q, i.k, i.positions, i.cos_sin, q_out=i.q_out, k_out=i.k_out),
+        expect=_expected_rope,
+        num_bytes=num_tokens * s.head_dim * (2 * heads * s.dtype.itemsize + 4),
+        peers=peers,
+    )
+
+
+def _rope_append_kv(num_tokens: int, s: Shapes, device: torch.device, compile_peers: bool) -> Case:
+    def ours(i: Inputs):
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            ops.rope_append_kv(
+                i.q, i.k, i.v, i.positions, i.cos_sin, False, i.kv_cache, i.slot_mapping, q_out=i.q_out
+            )
+            return i.q_out, i.kv_cache
+
+        return call
+
+    def by_torch(i: Inputs):
+        page, offset = i.slot_mapping // PAGE_SIZE, i.slot_mapping % PAGE_SIZE
+
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            q, k = reference.rope(i.q, i.k, i.positions, i.cos_sin)
+            return q, _write_cache(k, i.v, i.kv_cache, page, offset)
+
+        return call
+
+    def expect(i: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = _expected_rope(i)
+        return q, _expected_cache(i, k)
+
+    heads = s.num_q_heads + 2 * s.num_kv_heads
+    return Case(
+        "rope_append_kv",
+        tokens_label(num_tokens),
+        s.dtype,
+        make=lambda: _make(num_tokens, s, device),
+        ours=ours,
+        expect=expect,
+        num_bytes=num_tokens * s.head_dim * (2 * heads * s.dtype.itemsize + 4),
+        peers={"torch eager": by_torch},
+    )
+
+
+def _append_kv(num_tokens: int, s: Shapes, device: torch.device, compile_peers: bool) -> Case:
+    def by_torch(i: Inputs):
+        page, offset = i.slot_mapping // PAGE_SIZE, i.slot_mapping % PAGE_SIZE
+        return lambda: _write_cache(i.k, i.v, i.kv_cache, page, offset)
+
+    return Case(
+        "append_kv",
+        tokens_label(num_tokens),
+        s.dtype,
+        make=lambda: _make(num_tokens, s, device),
+        ours=lambda i: lambda: ops.append_kv(i.k, i.v, i.kv_cache, i.slot_mapping),
+        expect=lambda i: _expected_cache(i, i.k),
+        num_bytes=4 * num_tokens * s.num_kv_heads * s.head_dim * s.dtype.itemsize,
+        peers={"torch index_put": by_torch},
+    )
