@@ -53,18 +53,19 @@ def main(
         return
     on = _device(device, what)
     rows: list[Row] = []
+    failures: list[str] = []
     gc.collect()
     gc.freeze()  # what is imported by now stays: collections between cases are quick
-    try:
-        with torch.inference_mode():
-            for name in _modules(what, on):
-                module = importlib.import_module(f"benchmarks.{name}")
-                options = {"compile_peers": compile_peers} if name in OPS else {}
+    with torch.inference_mode():
+        for name in _modules(what, on):
+            module = importlib.import_module(f"benchmarks.{name}")
+            options = {"compile_peers": compile_peers} if name in OPS else {}
+            try:
                 rows += module.run(device=on, quick=quick, only=only, **options)
-    except ResultError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    if not rows:
+            except ResultError as error:
+                rows += error.rows
+                failures.append(str(error))
+    if not rows and not failures:
         print(f"error: no row contains {only!r}", file=sys.stderr)
         raise typer.Exit(2)
     command = f"python -m benchmarks {what.value}" + (" --quick" if quick else "")
@@ -72,6 +73,9 @@ def main(
     if json:
         report.write(json)
     render.print_report(report)
+    if failures:
+        print("error: wrong or no results, left out above: " + "; ".join(failures), file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _device(name: str, what: What) -> torch.device:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness import Case, Row, run_cases
-from benchmarks.peers import compiled, vllm_ops
+from benchmarks.peers import compiled, vllm_name, vllm_ops
 from benchmarks.shapes import shapes_for, tokens_label
 from fastkernels import ops
 from fastkernels.ops import reference
@@ -48,7 +48,9 @@ def _case(name, ours, plain, by_vllm, size, dtype, device, compile_peers) -> Cas
         fused = compiled(plain)
         peers["torch.compile"] = lambda i: lambda: fused(i.x)
     if by_vllm is not None:
-        peers[f"vLLM {name.replace('_', '_and_')}"] = lambda i: lambda: (by_vllm(i.out, i.x), i.out)[1]
+        peers[f"{vllm_name()} {name.replace('_', '_and_')}"] = lambda i: (
+            lambda: (by_vllm(i.out, i.x), i.out)[1]
+        )
     return Case(
         name,
         tokens_label(num_tokens),

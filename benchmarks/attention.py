@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Case, Row, close, run_cases
-from benchmarks.peers import flash_attention_3
+from benchmarks.peers import flash_attention_3, vllm_name
 from fastkernels import ops
 
 Lengths = tuple[tuple[int, int], ...]  # (queries, keys) of each sequence
@@ -177,7 +177,7 @@ def _contiguous_case(batch: Batch, dtype: torch.dtype, device: torch.device) -> 
 
     peers: dict[str, Any] = {name: by_sdpa(attend) for name, attend in _sdpa_backends(device).items()}
     if device.type == "cuda" and (fa3 := flash_attention_3()) is not None:
-        peers["FlashAttention 3 (vLLM)"] = by_fa3
+        peers[f"FlashAttention 3 ({vllm_name()})"] = by_fa3
     return Case(
         "attention, causal prefill",
         batch.name,
@@ -248,7 +248,7 @@ def _paged_case(subject: str, batch: Batch, dtype: torch.dtype, device: torch.de
         backends = _sdpa_backends(device)
         peers = {f"{name}, K and V contiguous": by_sdpa(attend) for name, attend in backends.items()}
     if device.type == "cuda" and (fa3 := flash_attention_3()) is not None:
-        peers["FlashAttention 3 (vLLM), paged"] = by_fa3
+        peers[f"FlashAttention 3 ({vllm_name()}), paged"] = by_fa3
     return Case(
         subject,
         batch.name,

@@ -27,7 +27,7 @@ def run(*, device: torch.device, quick: bool, only: str | None) -> list[Row]:
     if only and only.lower() not in f"{subject} {case}".lower():
         return []
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, __version__
     except ImportError:
         print("the peer of 'cpu' is transformers: pip install 'transformers>=4.57'", file=sys.stderr)
         return []
@@ -65,7 +65,7 @@ def run(*, device: torch.device, quick: bool, only: str | None) -> list[Row]:
             us=us / num_tokens,
             floor_us=floor_us,
             bound="memory",
-            peer="transformers",
+            peer=f"transformers {__version__}",
             peer_us=peer_us / num_tokens,
             extra={"tokens/s": per_second, "tokens/s of transformers": 1e6 * num_tokens / peer_us},
             note=f"a token, prompt of {len(ids)} included",

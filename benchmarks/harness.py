@@ -47,7 +47,11 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class ResultError(RuntimeError):
-    """A kernel that was about to be timed gave a wrong result."""
+    """A kernel that was about to be timed gave a wrong result, or none. rows: what else was measured."""
+
+    def __init__(self, message: str, rows: Iterable[Row] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 # --- the machine's ceilings ---------------------------------------------------------------------------------
@@ -68,11 +72,11 @@ class Ceilings:
     launch_us: float
 
     def as_figures(self) -> dict[str, float]:
-        return {
-            "TB/s copy": self.copy_tb_s,
-            "TFLOP/s matrix product": self.matrix_tflop_s,
-            "us launch": self.launch_us,
-        }
+        if self.copy_tb_s < 0.5:  # a CPU
+            rates = {"GB/s copy": 1e3 * self.copy_tb_s, "GFLOP/s matrix product": 1e3 * self.matrix_tflop_s}
+        else:
+            rates = {"TB/s copy": self.copy_tb_s, "TFLOP/s matrix product": self.matrix_tflop_s}
+        return {**rates, "us launch": self.launch_us}
 
 
 @functools.cache
@@ -80,7 +84,7 @@ def ceilings(device: torch.device) -> Ceilings:
     """Measured at the first call of a process, a fraction of a second."""
     on_gpu = device.type == "cuda"
     return Ceilings(
-        copy_tb_s=_copy_tb_s(device, 1 << 30 if on_gpu else 64 << 20),
+        copy_tb_s=_copy_tb_s(device, 1 << 30 if on_gpu else 256 << 20),
         matrix_tflop_s=_matrix_tflop_s(
             device, *((8192, torch.bfloat16) if on_gpu else (1024, torch.float32))
         ),
@@ -228,15 +232,25 @@ class Case:
 
 
 def run_cases(cases: Iterable[Case], *, device: torch.device, quick: bool, only: str | None) -> list[Row]:
-    """Measures the cases whose "subject case" contains only; a line each to stderr."""
-    rows = []
+    """Measures the cases whose "subject case" contains only; a line each to stderr.
+
+    Raises ResultError after the last case when one or more failed, with the rows of the others.
+    """
+    rows: list[Row] = []
+    failures: list[str] = []
     for case in cases:
         if only and only.lower() not in f"{case.subject} {case.name}".lower():
             continue
-        rows.append(_measure(case, device, quick))
+        try:
+            rows.append(_measure(case, device, quick))
+        except (RuntimeError, ValueError) as error:  # the cases after it are still worth their time
+            failures.append(f"{case.subject}, {case.name}: {type(error).__name__}: {error}")
+            _say(f"FAILED: {failures[-1]}")
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+    if failures:
+        raise ResultError("; ".join(failures), rows)
     return rows
 
 
@@ -253,10 +267,7 @@ def _measure(case: Case, device: torch.device, quick: bool) -> Row:
         num_sets = _num_sets(device, case.num_bytes, quick)
         return time_us([prepare(case.make()) for _ in range(num_sets)], device, quick=quick)
 
-    try:
-        us = contender(case.ours)
-    except ResultError as error:
-        raise ResultError(f"{where}: {error}") from None
+    us = contender(case.ours)
     peers: dict[str, float] = {}
     for name, prepare in case.peers.items():
         try:

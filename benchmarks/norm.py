@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, Row, run_cases
-from benchmarks.peers import compiled, vllm_ops
+from benchmarks.peers import compiled, vllm_name, vllm_ops
 from benchmarks.shapes import shapes_for, tokens_label
 from fastkernels import ops
 from fastkernels.ops import reference
@@ -50,7 +50,9 @@ def _rms_norm(
         rms_norm = compiled(lambda x, w: reference.rms_norm(x.float(), w.float(), EPS).to(x.dtype))
         peers["torch.compile"] = lambda i: lambda: rms_norm(i.x, i.weight)
     if (vllm := vllm_ops()) is not None and device.type == "cuda":
-        peers["vLLM rms_norm"] = lambda i: lambda: (vllm.rms_norm(i.out, i.x, i.weight, EPS), i.out)[1]
+        peers[f"{vllm_name()} rms_norm"] = lambda i: (
+            lambda: (vllm.rms_norm(i.out, i.x, i.weight, EPS), i.out)[1]
+        )
     return Case(
         "rms_norm",
         tokens_label(num_tokens),
@@ -95,7 +97,7 @@ def _add_rms_norm(
         fused = compiled(add_rms_norm)
         peers["torch.compile"] = lambda i: lambda: fused(i.x, i.residual, i.weight)
     if (vllm := vllm_ops()) is not None and device.type == "cuda":
-        peers["vLLM fused_add_rms_norm"] = by_vllm
+        peers[f"{vllm_name()} fused_add_rms_norm"] = by_vllm
     return Case(
         "add_rms_norm",
         tokens_label(num_tokens),

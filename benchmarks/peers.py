@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,20 @@ def vllm_ops() -> Any | None:
     return None if _vllm("vllm._custom_ops") is None else torch.ops._C
 
 
+def vllm_name() -> str:
+    """With its version, for the name of a peer."""
+    return f"vLLM {importlib.import_module('vllm').__version__}"
+
+
 def _vllm(name: str) -> Any | None:
     if not torch.cuda.is_available():
         return None
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):  # absent, or built for another torch
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # present but built for another torch, say: measured without it, and said so
+        print(f"{name} left out: {type(error).__name__}: {error}", file=sys.stderr)
         return None
 
 

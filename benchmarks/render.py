@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +29,8 @@ Rendered by `python -m benchmarks render` from `benchmarks/results/`; change tho
 
 **x floor** is the time over the least the machine allows: bytes over its copy bandwidth, FLOPs over its rate
 of matrix products, or one launch inside a CUDA graph, whichever is most, all measured in the same run.
-**x peer** is the time over that of the fastest peer of the same run; below 1 is faster than the peer. Times are
-medians; on a GPU every call reads inputs that are not in the L2 cache, inside a CUDA graph
+**x peer** is the time over that of the fastest peer of the same run; below 1 is faster than the peer. Times
+are medians; on a GPU every call reads inputs that are not in the L2 cache, inside a CUDA graph
 (`benchmarks/harness.py`).
 """
 
@@ -49,7 +50,7 @@ def tables(rows: Iterable[Row]) -> list[tuple[str, tuple[str, ...], list[tuple[s
 
 def _line(row: Row, in_ms: bool) -> tuple[str, ...]:
     unit = 1e3 if in_ms else 1.0
-    peer = f"{row.peer} {figure(row.peer_us / unit)}" if row.peer_us else "-"
+    peer = f"{figure(row.peer_us / unit)} {row.peer}" if row.peer_us else "-"
     over_floor = f"{figure(row.over_floor)} ({row.bound})" if row.over_floor else "-"
     notes = [f"{figure(value)} {name}" for name, value in row.extra.items()]
     notes += [row.note] if row.note else []
@@ -76,7 +77,7 @@ def figure(value: float | None) -> str:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
     for title, columns, lines in tables(report.rows):
         table = Table(title=title, title_justify="left")
         for column in columns:

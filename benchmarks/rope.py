@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,11 +77,35 @@ def _expected_rope(i: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.rope(i.q.float(), i.k.float(), i.positions, i.cos_sin)
 
 
+def _rows(i: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_tokens, 1, head_dim] cosines and sines of the tokens, which transformers looks up once a step."""
+    cosine, sine = i.cos_sin[i.positions.long(), None].to(i.q.dtype).chunk(2, dim=-1)
+    return torch.cat([cosine, cosine], -1), torch.cat([sine, sine], -1)
+
+
+def _turn(
+    q: torch.Tensor, k: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As models in plain PyTorch do it."""
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat([-b, a], dim=-1) * sine
+
+    return turn(q), turn(k)
+
+
 def _rope(num_tokens: int, s: Shapes, device: torch.device, compile_peers: bool) -> Case:
-    peers = {"torch eager": lambda i: lambda: reference.rope(i.q, i.k, i.positions, i.cos_sin)}
+    def by_torch(turn: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
+        def prepare(i: Inputs):
+            cosine, sine = _rows(i)
+            return lambda: turn(i.q, i.k, cosine, sine)
+
+        return prepare
+
+    peers = {"torch eager": by_torch(_turn)}
     if compile_peers:
-        turned = compiled(lambda q, k, positions, cos_sin: reference.rope(q, k, positions, cos_sin))
-        peers["torch.compile"] = lambda i: lambda: turned(i.q, i.k, i.positions, i.cos_sin)
+        peers["torch.compile"] = by_torch(compiled(_turn))
     heads = s.num_q_heads + s.num_kv_heads
     return Case(
         "rope",
@@ -107,9 +131,10 @@ def _rope_append_kv(num_tokens: int, s: Shapes, device: torch.device, compile_pe
 
     def by_torch(i: Inputs):
         page, offset = i.slot_mapping // PAGE_SIZE, i.slot_mapping % PAGE_SIZE
+        cosine, sine = _rows(i)
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
-            q, k = reference.rope(i.q, i.k, i.positions, i.cos_sin)
+            q, k = _turn(i.q, i.k, cosine, sine)
             return q, _write_cache(k, i.v, i.kv_cache, page, offset)
 
         return call
