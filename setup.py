@@ -4,7 +4,7 @@ import os
 
 from setuptools import setup
 
-# The Makefile builds the library in place by itself, incrementally, and installs only the Python part by this.
+# The Makefile builds the library itself, in place and incrementally, and installs only the Python part here.
 if os.environ.get("FASTKERNELS_SKIP_CMAKE") == "1":
     setup()
 else:

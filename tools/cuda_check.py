@@ -163,7 +163,8 @@ def complaints(job: Job, result: Result) -> list[str]:
         f"{job.name}: {spill.kernel} spills {spill.store_bytes} bytes of stores, {spill.load_bytes} of loads"
         for spill in spills(result.log)
     ]
-    return said + [f"{job.name}: {line.strip()}" for line in result.log.splitlines() if _SLOW_CODE.search(line)]
+    slow_code = [line.strip() for line in result.log.splitlines() if _SLOW_CODE.search(line)]
+    return said + [f"{job.name}: {line}" for line in slow_code]
 
 
 def print_other_warnings(job: Job, result: Result) -> None:
@@ -214,13 +215,16 @@ def main() -> int:
             results[job] = result
             print(f"[{done}/{len(stale)}] {result.seconds:5.1f} s  {job.name}", flush=True)
 
+    failed: list[str] = []
     for job, result in sorted(results.items(), key=lambda item: item[0].name):
         print_other_warnings(job, result)
-    failed = [said for job in sorted(results, key=lambda job: job.name) for said in complaints(job, results[job])]
+        failed += complaints(job, result)
     print_slowest(results)
+    targets = " and ".join(f"sm_{name}" for name in ARCHITECTURES)
+    unchanged = len(results) - len(stale)
     print(
-        f"{len(wanted)} files for {' and '.join(f'sm_{name}' for name in ARCHITECTURES)}: {len(stale)} compiled, "
-        f"{len(results) - len(stale)} unchanged, {time.monotonic() - started:.0f} s"
+        f"{len(wanted)} files for {targets}: {len(stale)} compiled, {unchanged} unchanged, "
+        f"{time.monotonic() - started:.0f} s"
     )
     for said in failed:
         print(said, file=sys.stderr)
