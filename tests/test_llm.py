@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fastkernels
 from fastkernels import LLM, SamplingParams
@@ -71,6 +72,28 @@ def test_greedy_continuation_is_transformers(case: str, tmp_path: Path) -> None:
         exact = reference(torch.tensor([prompts[2]])).logits[0]
     assert logits.shape == exact.shape and logits.dtype == torch.float32
     assert (logits - exact).abs().max() <= 2e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_in_half_precision_are_as_good_as_transformers(
+    case: str, dtype: str, device: torch.device, tmp_path: Path
+) -> None:
+    """At most twice the error of transformers in that dtype; both against its fp32, on the same weights."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    folder = make_checkpoint(tmp_path, case, dtype=torch_dtype)
+    prompt = prompt_of(40)
+
+    def transformers_logits(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        with torch.no_grad():
+            return model.to(device)(torch.tensor([prompt], device=device)).logits[0].float().cpu()
+
+    exact = transformers_logits(torch.device("cpu"), torch.float32)
+    plain = transformers_logits(device, torch_dtype)
+    with LLM(folder, device=device.type, dtype=dtype, max_num_seqs=4) as llm:
+        logits = llm.logits(prompt)
+    assert (logits - exact).norm() <= 2 * (plain - exact).norm()
 
 
 def test_stop_tokens_of_the_checkpoint_end_the_output(folder: Path, llm: LLM) -> None:

@@ -76,12 +76,12 @@ def find_nvcc() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-def command_of(nvcc: str, job: Job, output: Path, depfile: Path) -> list[str]:
+def arguments_of(job: Job, output: Path, depfile: Path) -> list[str]:
     flags = FLAGS_FILE.read_text(encoding="utf-8").split()
     target = f"-gencode=arch=compute_{job.architecture},code=sm_{job.architecture}"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
     report = ["-Xptxas=-v", "-MD", "-MF", str(depfile)]
-    return [nvcc, "-std=c++20", *flags, target, *includes, *report, "-c", str(job.source), "-o", str(output)]
+    return ["-std=c++20", *flags, target, *includes, *report, "-c", str(job.source), "-o", str(output)]
 
 
 @cache
@@ -95,8 +95,8 @@ def content_hash(path: Path) -> str:
 
 
 def key_of(nvcc: str, job: Job, headers: list[str]) -> str:
-    """The hash of the command, the compiler and the contents of the source and its headers."""
-    parts = [nvcc_version(nvcc), shlex.join(command_of(nvcc, job, Path("o"), Path("d")))]
+    """The hash of the compiler, its arguments and the contents of the source and its headers."""
+    parts = [nvcc_version(nvcc), shlex.join(arguments_of(job, Path("o"), Path("d")))]
     parts += [content_hash(path) for path in (job.source, *(ROOT / header for header in headers))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -113,9 +113,8 @@ def compile_one(nvcc: str, job: Job) -> Result:
     job.result_file.parent.mkdir(parents=True, exist_ok=True)
     output, depfile = job.result_file.with_suffix(".o"), job.result_file.with_suffix(".d")
     started = time.monotonic()
-    done = subprocess.run(
-        command_of(nvcc, job, output, depfile), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [nvcc, *arguments_of(job, output, depfile)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seconds = time.monotonic() - started
     headers = read_headers(depfile, job) if done.returncode == 0 else []
     result = Result(key_of(nvcc, job, headers), done.returncode, seconds, done.stdout, headers)

@@ -1,0 +1,206 @@
+"""The engine at the shapes of released models, random weights: decode steps and prefill through LLM.generate.
+
+A decode step is the difference between generating many and few tokens, divided by the steps between, so that
+prefill and start cancel out. Peers, in the same run: transformers where it is installed, and vLLM where it is
+and `FASTKERNELS_BENCH_VLLM=1` asks for it (a minute to start).
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import engine_peers
+from benchmarks.harness import Row, ceilings
+from fastkernels import LLM, SamplingParams
+from fastkernels.models.presets import PRESETS
+
+# The first is measured in full and beside its peers.
+CASES: dict[str, list[tuple[int, int]]] = {  # model -> (batch, tokens of context)
+    "llama-3.1-8b": [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 512)],
+    "qwen3-8b": [(1, 128), (32, 1024), (128, 1024)],
+    "llama-3.2-1b": [(1, 128), (32, 1024), (128, 1024)],
+}
+PREFILLS = [128, 2048, 8192]
+FEW, MANY = 33, 161  # tokens generated
+QUICK_FEW, QUICK_MANY = 5, 13
+
+
+@dataclass
+class Measured:
+    """Microseconds by case; host_us of the decode cases."""
+
+    decode: dict[tuple[int, int], float] = field(default_factory=dict)
+    host: dict[tuple[int, int], float] = field(default_factory=dict)
+    prefill: dict[int, float] = field(default_factory=dict)
+    start_s: float = 0.0
+
+
+def run(*, device: torch.device, quick: bool, only: str | None) -> list[Row]:
+    """Rows of decode and prefill by model; quick: the smallest model, two cases."""
+    if device.type != "cuda":
+        raise SystemExit("error: 'engine' measures a GPU; 'cpu' measures the engine on the CPU")
+    wanted = {"llama-3.2-1b": [(1, 128), (8, 256)]} if quick else CASES
+    rows: list[Row] = []
+    for model, cases in wanted.items():
+        cases = [case for case in cases if _selected(only, _decode_subject(model), _decode_case(*case))]
+        prefills = [n for n in PREFILLS if _selected(only, _prefill_subject(model), _prefill_case(n))]
+        if not cases and not prefills:
+            continue
+        ours = _measure_ours(model, cases, prefills, device, quick)
+        peers: dict[str, engine_peers.Times] = {}
+        if model == next(iter(CASES)):
+            peers = engine_peers.measure(model, cases, prefills)
+        rows += _rows(model, ours, peers, device)
+    return rows
+
+
+def _measure_ours(
+    model: str, cases: list[tuple[int, int]], prefills: list[int], device: torch.device, quick: bool
+) -> Measured:
+    few, many = (QUICK_FEW, QUICK_MANY) if quick else (FEW, MANY)
+    measured = Measured()
+    began = time.perf_counter()
+    rng = random.Random(0)
+    with LLM(
+        model,
+        device=str(device),
+        random_weights=True,
+        max_num_seqs=max((batch for batch, _ in cases), default=1),
+        max_seq_len=max([context + many for _, context in cases] + [n + 1 for n in prefills]),
+        kv_cache_fraction=0.85,
+    ) as llm:
+        measured.start_s = time.perf_counter() - began
+
+        def generate(batch: int, context: int, num_tokens: int) -> float:
+            prompts = [[rng.randrange(1000, 100000) for _ in range(context)] for _ in range(batch)]
+            params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+            start = time.perf_counter()
+            llm.generate(prompts, params)
+            return time.perf_counter() - start
+
+        generate(1, 128, 16)
+        for num_tokens in prefills:
+            times = [generate(1, num_tokens, 1) for _ in range(5)]
+            measured.prefill[num_tokens] = statistics.median(times) * 1e6
+            _say(f"{model}, prefill {num_tokens}: {measured.prefill[num_tokens] / 1e3:.2f} ms")
+        for batch, context in cases:
+            short = min(generate(batch, context, few) for _ in range(2))
+            before = llm.stats.total_host_us, llm.stats.num_steps
+            long = min(generate(batch, context, many) for _ in range(2))
+            us = (long - short) / (many - few) * 1e6
+            host_us = (llm.stats.total_host_us - before[0]) / (llm.stats.num_steps - before[1])
+            measured.decode[batch, context], measured.host[batch, context] = us, host_us
+            _say(f"{model}, decode {batch} x {context}: {us / 1e3:.3f} ms a step, host {host_us:.0f} us")
+    gc.collect()
+    torch.cuda.empty_cache()
+    return measured
+
+
+def _rows(
+    model: str, ours: Measured, peers: dict[str, engine_peers.Times], device: torch.device
+) -> list[Row]:
+    best = ceilings(device)
+    rows = []
+    for (batch, context), us in ours.decode.items():
+        num_bytes = _weight_bytes(model) + batch * context * _kv_bytes_per_token(model)
+        beside = {name: t.decode[batch, context] for name, t in peers.items() if (batch, context) in t.decode}
+        peer = min(beside, key=beside.__getitem__, default="")
+        rows.append(
+            Row(
+                subject=_decode_subject(model),
+                case=_decode_case(batch, context),
+                device="cuda",
+                dtype="bf16",
+                us=us,
+                floor_us=num_bytes / best.copy_tb_s / 1e6,
+                bound="memory",
+                peer=peer,
+                peer_us=beside.pop(peer, None),
+                extra={"tokens/s": batch / us * 1e6, "host us": ours.host[batch, context]},
+                others=beside,
+            )
+        )
+    for num_tokens, us in ours.prefill.items():
+        beside = {name: t.prefill[num_tokens] for name, t in peers.items() if num_tokens in t.prefill}
+        peer = min(beside, key=beside.__getitem__, default="")
+        flops = _prefill_flops(model, num_tokens)
+        weights_us = _weight_bytes(model) / best.copy_tb_s / 1e6
+        matrix_us = flops / best.matrix_tflop_s / 1e6
+        rows.append(
+            Row(
+                subject=_prefill_subject(model),
+                case=_prefill_case(num_tokens),
+                device="cuda",
+                dtype="bf16",
+                us=us,
+                floor_us=max(weights_us, matrix_us),
+                bound="matrix" if matrix_us > weights_us else "memory",
+                peer=peer,
+                peer_us=beside.pop(peer, None),
+                extra={"TFLOP/s": flops / us / 1e6, "s from start to ready": ours.start_s},
+                others=beside,
+            )
+        )
+    return rows
+
+
+# --- floors -------------------------------------------------------------------------------------------------
+
+
+def _matrix_elements(model: str) -> int:
+    """Of the layers, without the head."""
+    c = PRESETS[model]
+    attention = c.hidden_size * c.head_dim * (2 * c.num_q_heads + 2 * c.num_kv_heads)
+    return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+
+def _weight_bytes(model: str) -> int:
+    """What every step reads: the layers and the head, in bf16."""
+    c = PRESETS[model]
+    return 2 * (_matrix_elements(model) + c.vocab_size * c.hidden_size)
+
+
+def _kv_bytes_per_token(model: str) -> int:
+    c = PRESETS[model]
+    return 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
+
+
+def _prefill_flops(model: str, num_tokens: int) -> int:
+    """The layers for every token, causal attention, the head for the last."""
+    c = PRESETS[model]
+    attention = c.num_layers * 2 * num_tokens * num_tokens * c.num_q_heads * c.head_dim
+    return 2 * num_tokens * _matrix_elements(model) + attention + 2 * c.vocab_size * c.hidden_size
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def _decode_subject(model: str) -> str:
+    return f"decode step, {model}"
+
+
+def _decode_case(batch: int, context: int) -> str:
+    return f"{batch} x {context}"
+
+
+def _prefill_subject(model: str) -> str:
+    return f"prefill, {model}"
+
+
+def _prefill_case(num_tokens: int) -> str:
+    return f"{num_tokens} tokens"
+
+
+def _selected(only: str | None, *texts: str) -> bool:
+    return not only or only.lower() in " ".join(texts).lower()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
