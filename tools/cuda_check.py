@@ -29,7 +29,7 @@ ARCHITECTURES = ("80", "90a")
 NUM_SLOWEST = 8
 
 _FUNCTION = re.compile(r"(?:Function properties for|Compiling entry function) '?([\w$]+)'?")
-_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SPILL = re.compile(r"^\s*\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _SLOW_CODE = re.compile(r"\bC75\d\d\b")
 _WARNING = re.compile(r"\bwarning\b", re.IGNORECASE)
 
