@@ -29,9 +29,9 @@ Rendered by `python -m benchmarks render` from `benchmarks/results/`; change tho
 
 **x floor** is the time over the least the machine allows: bytes over its copy bandwidth, FLOPs over its rate
 of matrix products, or one launch inside a CUDA graph, whichever is most, all measured in the same run.
-**x peer** is the time over that of the fastest peer of the same run, which is named with its own time; below 1 is faster
-than the peer. The reports hold the slower peers too. Times are medians; on a GPU every call reads inputs that
-are not in the L2 cache, inside a CUDA graph (`benchmarks/harness.py`).
+**x peer** is the time over that of the fastest peer of the same run, which is named with its own time;
+below 1 is faster than the peer. The reports hold the slower peers too. Times are medians; on a GPU every call
+reads inputs that are not in the L2 cache, inside a CUDA graph (`benchmarks/harness.py`).
 """
 
 
