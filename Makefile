@@ -1,5 +1,5 @@
 # fastkernels: `make generate` and `make test` do all that they need; `make help` lists the rest.
-# Needs Python 3.11 or newer and a C++20 compiler. Everything made lies in .venv/, build/ and beside the package.
+# Needs Python 3.11 or newer and GCC 12 or newer. Everything made lies in .venv/, build/ and beside the package.
 
 PYTHON     ?= python3
 CMAKE_ARGS ?=
@@ -48,6 +48,7 @@ bench: build  ## The benchmarks; ARGS="ops --json"
 	@$(PY) -m benchmarks $(ARGS)
 
 wheel: $(VENV)/.base  ## A wheel in dist/
+	@rm -rf build/lib build/lib.* build/bdist.* build/temp.*  # setuptools would pack what a file left there
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean:  ## Remove everything made, .venv too
