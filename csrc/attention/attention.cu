@@ -1,9 +1,16 @@
-// The launcher of attention: checks, brings pages and contiguous keys to one form, and chooses the tensor-core kernel
-// (attention_mma.cuh: bf16 and fp16, head_dim 64, 80, 96, 128, 256, 16-byte aligned) or the plain one
-// (attention_plain.cu: all else up to head_dim 256).
+// The launcher of attention: checks, brings pages and contiguous keys to one form, and chooses the kernels:
+//   attention_mma.cuh    bf16 and fp16, head_dim 64, 80, 96, 128, 256, 16-byte aligned
+//   attention_sm90.cuh   the prefill tiles among those, on Hopper and in steps of some size
+//   attention_plain.cu   all else up to head_dim 256
+//
+// Where both tensor-core kernels run a step, they run side by side. The second is launched as a programmatic dependent
+// of the first and does not wait for it: it reads what kernels before the first wrote, and each block of the first
+// waits for those before it lets dependents start. It does wait at the end, in one block, so that whoever waits for the
+// second has waited for both.
 #include <bit>
 
 #include "attention/attention_mma.h"
+#include "attention/attention_sm90.h"
 #include "common/dtype.cuh"
 #include "common/launch.h"
 
@@ -69,7 +76,12 @@ void attention_cuda(const AttentionParams& p, void* stream) {
               "attention needs the work map of attention_plan and a workspace, aligned to 16 bytes");
         const int sms = num_sms();
         a.item_offset = work_map_item_offset(p.num_kv_heads, sms);
-        const int64_t items = max_items(p.num_tokens, p.num_seqs, a.group, p.head_dim, p.num_kv_heads, sms);
+        // Prefill first, on as many SMs as the plan gives it; the decodes fill the others, and all in the end.
+        a.beside_prefill = prefill_on_sm90(p.num_tokens, p.head_dim, a.group, p.dtype);
+        if (a.beside_prefill) {
+            attention_sm90(a, stream);
+        }
+        const int64_t items = max_items(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms);
         const dim3 grid(static_cast<unsigned>(items), static_cast<unsigned>(p.num_kv_heads));
         if (p.dtype == DType::bf16 ? launch_mma<bf16>(a, grid, stream) : launch_mma<fp16>(a, grid, stream)) {
             return;

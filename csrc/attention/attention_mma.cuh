@@ -546,21 +546,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     extern __shared__ __align__(16) unsigned char shared_bytes[];
     T* shared = reinterpret_cast<T*>(shared_bytes);
     const int kv_head = blockIdx.y;
-    pdl_wait();
+    if (!a.beside_prefill) {
+        pdl_wait();
+    }
     const WorkItem item = reinterpret_cast<const WorkItem*>(a.p.work_map + a.item_offset)[blockIdx.x];
-    if (static_cast<int>(blockIdx.x) >= a.p.work_map[0] || (a.p.page_size > 0 && item.len_k == 0)) {
-        return;
+    if (static_cast<int>(blockIdx.x) < a.p.work_map[0] && (a.p.page_size == 0 || item.len_k > 0)) {
+        const Work work(a, item, MmaShape<D>::kRows);
+        if (item.len_q * a.group <= kDecodeRows) {
+            attend<T, D, 1, true>(a, item, work, kv_head, shared);
+        } else if (MmaShape<D>::kRowTiles == 1 || work.rows <= 64) {
+            attend<T, D, 1, false>(a, item, work, kv_head, shared);
+        } else if constexpr (MmaShape<D>::kRowTiles > 1) {
+            attend<T, D, MmaShape<D>::kRowTiles, false>(a, item, work, kv_head, shared);
+        }
+        if (item.num_splits > 1) {
+            combine_if_last<T, D>(a, item, work, kv_head, reinterpret_cast<float*>(shared_bytes));
+        }
     }
-    const Work work(a, item, MmaShape<D>::kRows);
-    if (item.len_q * a.group <= kDecodeRows) {
-        attend<T, D, 1, true>(a, item, work, kv_head, shared);
-    } else if (MmaShape<D>::kRowTiles == 1 || work.rows <= 64) {
-        attend<T, D, 1, false>(a, item, work, kv_head, shared);
-    } else if constexpr (MmaShape<D>::kRowTiles > 1) {
-        attend<T, D, MmaShape<D>::kRowTiles, false>(a, item, work, kv_head, shared);
-    }
-    if (item.num_splits > 1) {
-        combine_if_last<T, D>(a, item, work, kv_head, reinterpret_cast<float*>(shared_bytes));
+    if (a.beside_prefill && blockIdx.x == 0 && blockIdx.y == 0) {
+        pdl_wait();  // one block is enough: no kernel after this one passes its own wait before this block ends
     }
 }
 

@@ -1,4 +1,4 @@
-// What the launcher of attention hands to the tensor-core kernel, one instantiation file a head size.
+// What the launcher of attention hands to its kernels; attention_mma has one instantiation file a head size.
 #pragma once
 
 #include <vector_types.h>
@@ -18,6 +18,9 @@ struct AttentionMmaArgs {
     float exponent;       // the weight of a score s is 2^(exponent * s); with a soft cap s is the tanh
     float tanh_exponent;  // e^2x = 2^(tanh_exponent * score), x = scale * score / soft_cap
     int64_t item_offset;
+    // attention_sm90 was launched just before, for the prefill items of this call, and the two run side by side: this
+    // kernel does not wait for that one to end, but ends after it (attention.cu).
+    bool beside_prefill;
 };
 
 template <typename T, int D>

@@ -1,11 +1,12 @@
 // The work map of a step: which block does which row tile over which part of the keys (host/attention_work_map.h).
 //
 // One block, three phases: (1) a scan over the sequences counts their row tiles; (2) a thread a tile counts the blocks
-// of keys the tile sees, whose sum W gives the length of a split, c = ceil(W / target_items) but at least
-// kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
+// of keys the tile sees, whose sum W over a list gives the length of its splits, c = ceil(W / target_items) but at
+// least kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
 // So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Tiles of a
 // sequence come last first, since under a causal mask those see most keys.
 // Bytes: 8 a sequence read, 48 an item written.
+#include "attention/attention_sm90.h"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
 #include "fastkernels/attention.h"
@@ -43,10 +44,19 @@ __device__ uint64_t block_exclusive_scan(uint64_t x, uint64_t* total, uint64_t* 
     return inclusive - x + (warp == 0 ? 0 : scratch[warp - 1]);
 }
 
+// One of the two lists of items.
+struct List {
+    int64_t item_offset;
+    int32_t first_counter, first_partial_row;
+    int32_t min_split_blocks;
+};
+
 struct PlanArgs {
     AttentionPlanParams p;
     int32_t group, tile_rows, target, num_counters;
-    int64_t item_offset, most_items;
+    int64_t most_items;  // of a list
+    bool sm90;           // prefill tiles make the second list
+    List lists[2];       // decode, prefill
 };
 
 struct Lengths {
@@ -99,6 +109,48 @@ __device__ Tile find_tile(int t, const int* first_tile, const PlanArgs& a) {
     return tile;
 }
 
+__device__ __forceinline__ int list_of(const Lengths& s, const PlanArgs& a) {
+    return a.sm90 && static_cast<int64_t>(s.len_q) * a.group > kDecodeRows;
+}
+
+// The items of a list, in the order of the tiles; returns their number. Every thread of the block calls it.
+__device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split, const int* first_tile,
+                               const PlanArgs& a, uint64_t* scratch) {
+    // One scan for three counts: items (24 bits), rows of partial results (24), split tiles (16).
+    WorkItem* items = reinterpret_cast<WorkItem*>(a.p.work_map + a.lists[list].item_offset);
+    uint64_t done = 0, total;
+    for (int base = 0; base < num_tiles; base += kThreads) {
+        const int t = base + threadIdx.x;
+        Tile tile{};
+        int splits = 0;
+        if (t < num_tiles) {
+            tile = find_tile(t, first_tile, a);
+            if (list_of(tile.lengths, a) == list) {
+                splits = static_cast<int>((tile.key_blocks + blocks_per_split - 1) / blocks_per_split);
+                splits = max(1, min(splits, max_splits(tile.rows)));
+            }
+        }
+        const bool split = splits > 1;
+        const uint64_t counts = static_cast<uint64_t>(splits) |
+                                static_cast<uint64_t>(split ? splits * tile.rows : 0) << 24 |
+                                static_cast<uint64_t>(split) << 48;
+        const uint64_t before = done + block_exclusive_scan(counts, &total, scratch);
+        done += total;
+        const int64_t first_item = before & 0xffffff;
+        const int partial_row = a.lists[list].first_partial_row + static_cast<int>(before >> 24 & 0xffffff);
+        const int counter = a.lists[list].first_counter + static_cast<int>(before >> 48);
+        for (int s = 0; s < splits; ++s) {
+            if (first_item + s < a.most_items) {
+                int4* item = reinterpret_cast<int4*>(items + first_item + s);
+                item[0] = make_int4(tile.seq, tile.index, s, splits);
+                item[1] = make_int4(partial_row, counter, tile.lengths.q_begin, tile.lengths.len_q);
+                item[2] = make_int4(tile.lengths.k_begin, tile.lengths.len_k, 0, 0);
+            }
+        }
+    }
+    return min(static_cast<int64_t>(done & 0xffffff), a.most_items);
+}
+
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs a) {
     extern __shared__ int first_tile[];
     __shared__ uint64_t scratch[kWarps];
@@ -121,47 +173,27 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     for (int i = thread; i < a.num_counters; i += kThreads) {
         a.p.work_map[kHeaderInts + i] = 0;
     }
+    if (thread == 0) {
+        a.p.work_map[2] = 0;
+    }
     __syncthreads();
 
-    uint64_t key_blocks = 0, all_key_blocks;
+    uint64_t key_blocks[2] = {};
     for (int t = thread; t < static_cast<int>(num_tiles); t += kThreads) {
-        key_blocks += find_tile(t, first_tile, a).key_blocks;
+        const Tile tile = find_tile(t, first_tile, a);
+        key_blocks[list_of(tile.lengths, a)] += tile.key_blocks;
     }
-    block_exclusive_scan(key_blocks, &all_key_blocks, scratch);
-    const int64_t blocks_per_split =
-        max(static_cast<int64_t>(kMinSplitTiles), static_cast<int64_t>((all_key_blocks + a.target - 1) / a.target));
-
-    // One scan for three counts: items (24 bits), rows of partial results (24), split tiles (16).
-    WorkItem* items = reinterpret_cast<WorkItem*>(a.p.work_map + a.item_offset);
-    uint64_t done = 0;
-    for (int base = 0; base < static_cast<int>(num_tiles); base += kThreads) {
-        const int t = base + thread;
-        Tile tile{};
-        int splits = 0;
-        if (t < static_cast<int>(num_tiles)) {
-            tile = find_tile(t, first_tile, a);
-            splits = static_cast<int>((tile.key_blocks + blocks_per_split - 1) / blocks_per_split);
-            splits = max(1, min(splits, max_splits(tile.rows)));
-        }
-        const bool split = splits > 1;
-        const uint64_t counts = static_cast<uint64_t>(splits) |
-                                static_cast<uint64_t>(split ? splits * tile.rows : 0) << 24 |
-                                static_cast<uint64_t>(split) << 48;
-        const uint64_t before = done + block_exclusive_scan(counts, &total, scratch);
-        done += total;
-        const int64_t first_item = before & 0xffffff;
-        for (int s = 0; s < splits; ++s) {
-            if (first_item + s < a.most_items) {
-                int4* item = reinterpret_cast<int4*>(items + first_item + s);
-                item[0] = make_int4(tile.seq, tile.index, s, splits);
-                item[1] = make_int4(static_cast<int>(before >> 24 & 0xffffff), static_cast<int>(before >> 48),
-                                    tile.lengths.q_begin, tile.lengths.len_q);
-                item[2] = make_int4(tile.lengths.k_begin, tile.lengths.len_k, 0, 0);
-            }
+    for (int i = 0; i < (a.sm90 ? 2 : 1); ++i) {
+        block_exclusive_scan(key_blocks[i], &total, scratch);
+        const int64_t blocks_per_split = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
+                                             static_cast<int64_t>((total + a.target - 1) / a.target));
+        const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
+        if (thread == 0) {
+            a.p.work_map[i] = static_cast<int>(num_items);
         }
     }
-    if (thread == 0) {
-        a.p.work_map[0] = static_cast<int>(min(static_cast<int64_t>(done & 0xffffff), a.most_items));
+    if (thread == 0 && !a.sm90) {
+        a.p.work_map[1] = 0;
     }
     pdl_launch_dependents();
 }
@@ -176,13 +208,25 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
     check(reinterpret_cast<uintptr_t>(p.work_map) % 16 == 0, "the work map must be aligned to 16 bytes");
     const int group = p.num_q_heads / p.num_kv_heads, sms = num_sms();
     const int64_t target = target_items(p.num_kv_heads, sms);
-    const PlanArgs a{.p = p,
-                     .group = group,
-                     .tile_rows = prefill_rows(p.head_dim),
-                     .target = static_cast<int32_t>(target),
-                     .num_counters = static_cast<int32_t>(target * p.num_kv_heads),
-                     .item_offset = work_map_item_offset(p.num_kv_heads, sms),
-                     .most_items = max_items(p.num_tokens, p.num_seqs, group, p.head_dim, p.num_kv_heads, sms)};
+    const bool sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, group, p.dtype);
+    const PlanArgs a{
+        .p = p,
+        .group = group,
+        .tile_rows = sm90 ? prefill_rows_sm90(p.head_dim, group) : prefill_rows(p.head_dim),
+        .target = static_cast<int32_t>(target),
+        .num_counters = static_cast<int32_t>(num_counters(p.num_kv_heads, sms)),
+        .most_items = max_items(p.num_tokens, p.num_seqs, group, p.num_kv_heads, sms),
+        .sm90 = sm90,
+        .lists = {{.item_offset = work_map_item_offset(p.num_kv_heads, sms),
+                   .first_counter = 0,
+                   .first_partial_row = 0,
+                   .min_split_blocks = kMinSplitTiles},
+                  {.item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, group, p.num_kv_heads, sms),
+                   .first_counter = static_cast<int32_t>(target),
+                   .first_partial_row =
+                       static_cast<int32_t>(first_prefill_partial_row(p.num_tokens, group, p.num_kv_heads, sms)),
+                   .min_split_blocks = kMinPrefillSplitTiles}},
+    };
     const size_t shared_bytes = static_cast<size_t>(p.num_seqs + 1) * sizeof(int);
     launch(attention_plan_kernel, {.grid = dim3(1), .block = dim3(kThreads), .shared_bytes = shared_bytes, .pdl = true},
            stream, a);

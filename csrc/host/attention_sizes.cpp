@@ -1,4 +1,6 @@
 // Sizes of attention's work map and workspace, from shapes alone. Host only: a build without CUDA has them too.
+#include <algorithm>
+
 #include "common/check.h"
 #include "fastkernels/attention.h"
 #include "host/attention_work_map.h"
@@ -13,10 +15,13 @@ AttentionSizes attention_sizes(int64_t num_tokens, int64_t num_seqs, int32_t num
           "num_q_heads must be a multiple of num_kv_heads, got ", num_q_heads, " and ", num_kv_heads);
     check(head_dim > 0 && num_sms > 0, "head_dim and num_sms must be positive, got ", head_dim, " and ", num_sms);
     const int32_t group = num_q_heads / num_kv_heads;
-    const int64_t items = max_items(num_tokens, num_seqs, group, head_dim, num_kv_heads, num_sms);
-    const int64_t partial_rows = max_partial_rows(num_tokens, group, head_dim, num_kv_heads, num_sms);
-    return {.work_map_ints = work_map_item_offset(num_kv_heads, num_sms) + items * kItemInts,
-            .workspace_floats = partial_rows * num_kv_heads * (head_dim + kPartialExtra)};
+    const int64_t items = max_items(num_tokens, num_seqs, group, num_kv_heads, num_sms);
+    // Either attention_mma runs all tiles, or decode tiles and those of attention_sm90 lie one behind the other.
+    const int64_t rows_mma = max_split_rows(num_tokens, group, prefill_rows(head_dim), num_kv_heads, num_sms);
+    const int64_t rows_sm90 = first_prefill_partial_row(num_tokens, group, num_kv_heads, num_sms) +
+                              max_split_rows(num_tokens, group, prefill_rows_sm90(head_dim, 1), num_kv_heads, num_sms);
+    return {.work_map_ints = work_map_item_offset(num_kv_heads, num_sms) + 2 * items * kItemInts,
+            .workspace_floats = std::max(rows_mma, rows_sm90) * num_kv_heads * (head_dim + kPartialExtra)};
 }
 
 }  // namespace fastkernels
