@@ -95,16 +95,17 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
         mixed = Batch("mixed: 1 x 128 of 512, 8 decodes at 512", ((128, 512), *((1, 512),) * 8), **heads)
         prefills = [prefill(4, 256, **heads), prefill(1, 1024, **heads)]
         return prefills, [*prefills, mixed], [decode(n, 1024, **heads) for n in (1, 8, 32)]
+    shapes = [(16, 512), (8, 2048), (2, 8192), (1, 16384), (1, 32768)]
     contiguous = [
-        prefill(8, 2048),
-        prefill(2, 8192),
-        prefill(1, 16384),
+        *(prefill(*shape) for shape in shapes),
         prefill(2, 8192, ", head 64", head_dim=64),
+        prefill(2, 8192, ", head 256, 16 q heads", head_dim=256, num_q_heads=16),
     ]
     mixed = Batch("mixed: 4 x 512 of 2k, 60 decodes at 1k", ((512, 2048),) * 4 + ((1, 1024),) * 60)
-    paged = [prefill(8, 2048), prefill(2, 8192), prefill(1, 16384), mixed]
+    chunk = Batch("1 x 512 of 100k", ((512, 102400),))
+    paged = [*(prefill(*shape) for shape in shapes), chunk, mixed]
     if quick:
-        return contiguous[:1], [paged[0], mixed], [decode(1, 1024), decode(32, 1024)]
+        return contiguous[1:2], [paged[1], mixed], [decode(1, 1024), decode(32, 1024)]
     decodes = [(1, 128), (1, 1024), (1, 8192), (1, 131072), (8, 1024), (8, 8192), (32, 1024), (32, 4096)]
     decodes += [(64, 2048), (128, 1024), (256, 512)]
     others = [
@@ -129,7 +130,7 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for batch in paged:
         yield _paged_case("paged attention, prefill", batch, dtype, device)
     if device.type == "cuda":
-        for batch in (decode(1, 8192), decode(32, 1024), decode(256, 512), paged[-1], paged[0]):
+        for batch in (decode(1, 8192), decode(32, 1024), decode(256, 512), paged[-1], paged[1]):
             yield _plan_case(batch, dtype, device)
 
 

@@ -1,4 +1,4 @@
-// The prefill kernel of Hopper: which calls it takes, and its launch.
+// The prefill kernel of Hopper: which calls it takes, its shapes, and its launch.
 #pragma once
 
 #include "attention/attention_mma.h"
@@ -11,11 +11,8 @@ constexpr int64_t kSmallStepTokens = 128;
 
 // Whether attention_sm90 runs the prefill tiles of calls of these shapes, on the current device. The plan and the
 // attention that uses it ask alike.
-inline bool prefill_on_sm90(int64_t, int, int, DType) {
-    return false;
-}
+bool prefill_on_sm90(int64_t num_tokens, int head_dim, int group, DType dtype);
 
-inline void attention_sm90(const AttentionMmaArgs&, void*) {
-}
+void attention_sm90(const AttentionMmaArgs& a, void* stream);
 
 }  // namespace fastkernels

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     }
     if (thread == 0) {
         a.p.work_map[2] = 0;
+        a.p.work_map[3] = 1 << 30;
     }
     __syncthreads();
 

@@ -28,6 +28,7 @@ AttentionParams common_params(const char* op, const Tensor& q, const Tensor& k, 
     p.work_map = static_cast<const int32_t*>(in(work_map));
     p.workspace = static_cast<float*>(out(workspace));
     p.num_tokens = q.size(0);
+    p.num_keys = k.size(0);
     p.num_seqs = cu_seqlens_q.size(0) - 1;
     p.q_token_stride = q.stride(0);
     p.q_head_stride = q.stride(1);

@@ -16,6 +16,9 @@ LENGTHS = [
     (17, 200),
     (3, 1003),
 ]  # (queries, keys)
+# Several tiles of rows and blocks of keys a sequence, ends before, at and after both
+PREFILLS = [(200, 200), (1, 77), (129, 129), (0, 9), (128, 300), (33, 1000), (257, 383), (256, 256)]
+HALF = [torch.float16, torch.bfloat16]
 
 
 def random(lengths, device, *, heads=(4, 2), head_dim=64, dtype=torch.float32, padding=0):
@@ -31,6 +34,46 @@ def random(lengths, device, *, heads=(4, 2), head_dim=64, dtype=torch.float32, p
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_matches_reference(heads, head_dim, dtype, device):
     check_contiguous(*random(LENGTHS, device, heads=heads, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
+def test_prefill_tiles(heads, head_dim, dtype, device):
+    check_contiguous(*random(PREFILLS, device, heads=heads, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": False},
+        {"window": 100},
+        {"window": 130, "soft_cap": 20.0},
+        {"soft_cap": 5.0, "causal": False},
+    ],
+    ids=str,
+)
+def test_options_of_prefill_tiles(options, head_dim, device):
+    check_contiguous(*random(PREFILLS, device, head_dim=head_dim, dtype=torch.bfloat16), **options)
+
+
+def test_nan_after_the_last_key(device):
+    # The keys of a sequence end within a block of keys; what lies behind them must not be read, or not count.
+    q, k, v, cu_q, cu_k = random(
+        [(150, 150), (40, 90)], device, heads=(4, 2), head_dim=128, dtype=torch.bfloat16
+    )
+    padding = torch.full((100, 2, 128), float("nan"), device=device, dtype=torch.bfloat16)
+    check_contiguous(q, torch.cat([k, padding]), torch.cat([v, padding]), cu_q, cu_k)
+    check_contiguous(q, torch.cat([k, padding]), torch.cat([v, padding]), cu_q, cu_k, causal=False)
+
+
+def test_one_key_and_value_for_all_heads(device):
+    q, k, v, cu_q, cu_k = random([(200, 200)], device, heads=(4, 2), dtype=torch.bfloat16)
+    expected = ops.attention(q, k[:, :1].repeat(1, 2, 1), v[:, :1].repeat(1, 2, 1), cu_q, cu_k)
+    assert torch.equal(
+        ops.attention(q, k[:, :1].expand(-1, 2, -1), v[:, :1].expand(-1, 2, -1), cu_q, cu_k), expected
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

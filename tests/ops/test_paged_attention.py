@@ -20,6 +20,8 @@ MIXED = [
     (1, 1003),
     (2, 129),
 ]
+# Several tiles of rows and blocks of keys a sequence, with decodes between them
+PREFILLS = [(200, 200), (1, 77), (129, 129), (0, 9), (3, 300), (128, 300), (33, 1000), (257, 383), (1, 600)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -27,6 +29,40 @@ MIXED = [
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_matches_reference(heads, head_dim, dtype, device):
     PagedBatch.random(MIXED, device, heads=heads, head_dim=head_dim, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
+def test_prefill_tiles(heads, head_dim, dtype, device):
+    PagedBatch.random(PREFILLS, device, heads=heads, head_dim=head_dim, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 256])
+def test_page_sizes_of_prefill_tiles(page_size, head_dim, device):
+    options = {"head_dim": head_dim, "page_size": page_size, "dtype": torch.bfloat16}
+    batch = PagedBatch.random(PREFILLS, device, **options)
+    batch.check()
+    batch.check(window=140)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 100, "soft_cap": 20.0}, {"window": 300}, {"soft_cap": 5.0}],
+    ids=str,
+)
+def test_options_of_prefill_tiles(options, device):
+    PagedBatch.random(PREFILLS, device, heads=(8, 2), head_dim=128, dtype=torch.bfloat16).check(**options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "lengths", [[(150, 9001)], [(1, 20), (140, 5000), (1, 3000)], [(200, 12345)]], ids=str
+)
+def test_split_context_of_prefill_tiles(lengths, head_dim, device):
+    shape = {"heads": (4, 1), "head_dim": head_dim, "dtype": torch.bfloat16}
+    PagedBatch.random(lengths, device, **shape).check()
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 16, 64])
@@ -118,19 +154,30 @@ def test_opcheck_and_compile(device):
 
 
 @pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
-def test_graph_replays_another_batch():
+@pytest.mark.parametrize(
+    ("captured_lengths", "other_lengths"),
+    [
+        ([(1, 20)] * 8 + [(0, 0)] * 4, [(1, 1500), (5, 70), (2, 2)] + [(0, 0)] * 9),
+        # decodes alone, then prefills and decodes side by side
+        ([(1, 20)] * 200, [(100, 3000), (1, 1500), (96, 96)] + [(1, 50)] * 3 + [(0, 0)] * 194),
+    ],
+    ids=["decode", "mixed"],
+)
+def test_graph_replays_another_batch(captured_lengths, other_lengths):
     device = torch.device("cuda")
     shape = {"heads": (8, 2), "head_dim": 128, "dtype": torch.bfloat16}
-    captured = PagedBatch.random([(1, 20)] * 8 + [(0, 0)] * 4, device, **shape)
-    other = PagedBatch.random([(1, 1500), (5, 70), (2, 2)] + [(0, 0)] * 9, device, **shape)
+    captured = PagedBatch.random(captured_lengths, device, **shape)
+    other = PagedBatch.random(other_lengths, device, **shape)
+    num_tokens, num_seqs = captured.num_tokens, len(captured_lengths)
+    assert other.num_tokens == num_tokens
     num_pages = max(captured.kv_cache.shape[0], other.kv_cache.shape[0])
     max_pages = max(captured.page_table.shape[1], other.page_table.shape[1])
     cache = torch.empty(num_pages, *captured.kv_cache.shape[1:], device=device, dtype=torch.bfloat16)
-    table = torch.zeros(12, max_pages, device=device, dtype=torch.int32)
+    table = torch.zeros(num_seqs, max_pages, device=device, dtype=torch.int32)
     q, out = torch.empty_like(captured.q), torch.empty_like(captured.q)
     seq_lens, cu_seqlens_q = torch.empty_like(captured.seq_lens), torch.empty_like(captured.cu_seqlens_q)
-    shapes = {"num_tokens": 8, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128}
-    plan = ops.AttentionPlan.allocate(num_seqs=12, device=device, **shapes)
+    shapes = {"num_tokens": num_tokens, "num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128}
+    plan = ops.AttentionPlan.allocate(num_seqs=num_seqs, device=device, **shapes)
 
     def fill(batch: PagedBatch) -> None:
         cache[: batch.kv_cache.shape[0]] = batch.kv_cache

@@ -1,0 +1,83 @@
+// The launcher of attention_sm90: the tensor maps of q, k and v, one block an SM.
+#include <bit>
+
+#include "attention/attention_sm90.h"
+#include "attention/attention_sm90_args.h"
+#include "common/dtype.cuh"
+#include "common/ptx/tma.cuh"
+
+namespace fastkernels {
+namespace {
+
+// A build for other GPUs alone leaves this kernel empty.
+__global__ void hopper_code(int* built) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    *built = 1;
+#endif
+}
+
+bool built_for_hopper() {
+    static const bool built = [] {
+        cudaFuncAttributes attributes{};
+        return cudaFuncGetAttributes(&attributes, hopper_code) == cudaSuccess && attributes.ptxVersion >= 90;
+    }();
+    return built;
+}
+
+// [rows, heads, head_dim] in boxes of [box_rows, box_heads, 64]; strides in elements of 2 bytes.
+CUtensorMap tensor_map(const void* address, DType dtype, int head_dim, int64_t heads, int64_t rows, int64_t head_stride,
+                       int64_t row_stride, int box_heads, int box_rows) {
+    // A stride that is never used may be anything; the driver wants a multiple of 16 bytes all the same.
+    return encode(
+        {.address = address,
+         .type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+         .extents = {static_cast<uint64_t>(head_dim), static_cast<uint64_t>(heads), static_cast<uint64_t>(rows)},
+         .strides_bytes = {static_cast<uint64_t>(heads > 1 ? head_stride : head_dim) * 2,
+                           static_cast<uint64_t>(rows > 1 ? row_stride : head_dim * heads) * 2},
+         .box = {64, static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_rows)}});
+}
+
+template <typename T>
+void launch_head(const Sm90Args& args, int num_blocks, void* stream) {
+    switch (args.a.p.head_dim) {
+        case 64: return attention_sm90_head<T, 64>(args, num_blocks, stream);
+        case 96: return attention_sm90_head<T, 96>(args, num_blocks, stream);
+        case 128: return attention_sm90_head<T, 128>(args, num_blocks, stream);
+        case 256: return attention_sm90_head<T, 256>(args, num_blocks, stream);
+        default: fail("attention_sm90 takes head_dim 64, 96, 128 and 256, got ", args.a.p.head_dim);
+    }
+}
+
+}  // namespace
+
+bool prefill_on_sm90(int64_t num_tokens, int head_dim, int group, DType dtype) {
+    const bool has_shape = head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
+    return has_shape && (dtype == DType::bf16 || dtype == DType::f16) && num_tokens > kSmallStepTokens &&
+           prefill_rows_sm90(head_dim, group) >= 64 && compute_capability() == 90 && built_for_hopper();
+}
+
+void attention_sm90(const AttentionMmaArgs& a, void* stream) {
+    const AttentionParams& p = a.p;
+    const bool paged = p.page_size > 0;
+    const int block_keys = p.head_dim <= 128 ? Sm90Shape<128>::kKeys : Sm90Shape<256>::kKeys;
+    const int box_keys = paged && p.page_size < block_keys ? p.page_size : block_keys;
+    const int tile_rows = prefill_rows_sm90(p.head_dim, a.group), sms = num_sms();
+    // Pages: every row of head_dim elements, of K and V and all heads, is a row of the map.
+    const int64_t rows = paged ? p.num_keys * a.page_rows : p.num_keys;
+    check(rows < int64_t{1} << 31, "attention takes caches of fewer than 2^31 rows of head_dim elements, got ", rows);
+    const int64_t v_rows = paged ? rows - a.page_rows / 2 : rows;
+    const int kv_heads = paged ? 1 : p.num_kv_heads;
+    const Sm90Args args{
+        .q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride, p.q_token_stride,
+                            a.group, tile_rows / a.group),
+        .k_map = tensor_map(p.k, p.dtype, p.head_dim, kv_heads, rows, p.k_head_stride, p.k_token_stride, 1, box_keys),
+        .v_map = tensor_map(p.v, p.dtype, p.head_dim, kv_heads, v_rows, p.v_head_stride, p.v_token_stride, 1, box_keys),
+        .a = a,
+        .item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms),
+        .tile_rows = tile_rows,
+        .box_shift = std::countr_zero(static_cast<uint32_t>(box_keys)),
+    };
+    p.dtype == DType::bf16 ? launch_head<bf16>(args, sms, stream) : launch_head<fp16>(args, sms, stream);
+}
+
+}  // namespace fastkernels

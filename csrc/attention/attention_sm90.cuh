@@ -1,0 +1,613 @@
+// The prefill tiles of attention on Hopper: out = softmax(scale * q k^T + mask) v by TMA and wgmma.
+//
+//   q, out [num_tokens, num_q_heads, D]   k, v [num_keys, num_kv_heads, D] or the pages of the KV cache   bf16 | fp16
+//
+// One block stays on each SM and takes tiles from the list of prefill items, in its order, by a counter. A tile is 64
+// packed rows (row r is token r / group, head r % group) for each consumer warpgroup, against the keys of one KV head
+// in blocks of kKeys, the last block first.
+//   Producer, one warp: looks pages up and issues TMA loads. Q has kQSlots places. K and V blocks go through one ring,
+//   in the order in which they are used: K0, K1, V0, K2, V1 ... A lane loads one box: 64 columns of the keys of one
+//   page, or of kKeys contiguous ones. Keys past the end of a sequence (other sequences', stale pages) are zeroed in
+//   the block of V where they occur, since 0 x NaN is NaN; in K they are masked out.
+//   Consumers, 64 rows each: S of the next block is issued before P V of the present one, and the softmax of a
+//   warpgroup runs while the others multiply (they issue in turn). P goes from the accumulators of S to the A operand
+//   in registers. The output passes through Q's place in shared memory, so that it is stored in pieces of 16 bytes.
+// Softmax is online, in powers of 2. Masks are applied only to the first block and to blocks that cross an edge.
+// Split tiles are combined by the item that finishes last, in the order of the splits, as in attention_mma.cuh.
+//
+// FLOPs: 4 * D a row and key. Bytes from L2: the keys once a tile, 4 * D a key.
+// Source: Shah et al. 2024 (FlashAttention-3), Kwon et al. 2023 (paged KV).
+#pragma once
+
+#include "attention/attention_sm90.h"
+#include "attention/attention_sm90_args.h"
+#include "common/launch.h"
+#include "common/ptx/cp_async.cuh"
+#include "common/ptx/ex2.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/mma.cuh"
+#include "common/ptx/pdl.cuh"
+#include "common/ptx/stmatrix.cuh"
+#include "common/ptx/tma.cuh"
+#include "common/ptx/wgmma.cuh"
+
+namespace fastkernels {
+namespace {
+
+constexpr float kNegInf = -INFINITY;
+
+// What the producer tells the consumers about a tile.
+struct Tile {
+    int rows;       // 0: there are no more tiles
+    int first_row;  // of the sequence's packed rows
+    int kv_head;
+    int q_begin;
+    int q_offset;  // len_k - len_q: token i of the sequence is at position q_offset + i
+    int begin, end, num_blocks;
+    int split, num_splits, partial_row, counter;
+};
+
+template <int D>
+struct Sm90Shared {
+    using Shape = Sm90Shape<D>;
+    alignas(1024) unsigned char q[Shape::kQSlots][Shape::kQBytes];
+    alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
+    uint64_t full[Shape::kSlots], empty[Shape::kSlots];
+    uint64_t q_full[Shape::kQSlots], q_empty[Shape::kQSlots];
+    uint64_t tail;  // the block of V whose end is zeroed
+    Tile tiles[Shape::kQSlots];
+    int last;  // whether this block combines the tile's splits
+};
+
+// Named barriers: 0 is __syncthreads.
+constexpr int kTurnBarrier = 1;       // and the next ones: a consumer warpgroup's turn to issue
+constexpr int kGroupBarrier = 4;      // and the next ones: the four warps of a consumer warpgroup
+constexpr int kConsumersBarrier = 7;  // all consumers
+
+// A place in a ring and the parity of its phase.
+template <int kSlots>
+struct Place {
+    int slot = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++slot == kSlots) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ Tile make_tile(const AttentionMmaArgs& a, const WorkItem& item, int kv_head, int tile_rows,
+                                          int block_keys, int box_keys) {
+    const AttentionParams& p = a.p;
+    Tile t;
+    t.first_row = item.tile * tile_rows;
+    t.rows = min(item.len_q * a.group - t.first_row, tile_rows);
+    t.kv_head = kv_head;
+    t.q_begin = item.q_begin;
+    t.q_offset = item.len_k - item.len_q;
+    const int first_position = t.q_offset + t.first_row / a.group;
+    const int last_position = t.q_offset + (t.first_row + t.rows - 1) / a.group;
+    t.end = p.causal ? min(item.len_k, last_position + 1) : item.len_k;
+    // The first key is that of a box, so that a box is never of two pages.
+    t.begin = p.window > 0 ? max(0, first_position - p.window + 1) / box_keys * box_keys : 0;
+    const int blocks = max(0, t.end - t.begin + block_keys - 1) / block_keys;
+    const int split_blocks = (blocks + item.num_splits - 1) / item.num_splits;
+    t.begin += item.split * split_blocks * block_keys;
+    t.end = min(t.end, t.begin + split_blocks * block_keys);
+    t.num_blocks = max(0, t.end - t.begin + block_keys - 1) / block_keys;
+    t.split = item.split;
+    t.num_splits = item.num_splits;
+    t.partial_row = item.partial_row;
+    t.counter = item.counter;
+    return t;
+}
+
+// --- The producer ----------------------------------------------------------------------------------------------------
+
+template <int D>
+__device__ __forceinline__ void produce(const Sm90Args& args, Sm90Shared<D>& shared, int num_tiles, int participants) {
+    using Shape = Sm90Shape<D>;
+    constexpr int kKeys = Shape::kKeys, kPanels = Shape::kPanels;
+    const AttentionMmaArgs& a = args.a;
+    const AttentionParams& p = a.p;
+    const int lane = threadIdx.x % 32;
+    const int box_keys = 1 << args.box_shift;
+    const int panel = lane % kPanels, box = lane / kPanels;  // this lane's, of every block
+    const uint32_t destination = panel * (kKeys * 128) + (box << args.box_shift) * 128;
+    const WorkItem* items = reinterpret_cast<const WorkItem*>(p.work_map + args.item_offset);
+    unsigned* next_tile = reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2);
+
+    Place<Shape::kQSlots> q_place;
+    Place<Shape::kSlots> place;
+    uint32_t tail_parity = 0;
+    for (int index = blockIdx.x; index < num_tiles;) {
+        const WorkItem item = items[index / p.num_kv_heads];
+        const int kv_head = index % p.num_kv_heads;
+        unsigned taken = 0;
+        if (lane == 0) {
+            taken = atomicInc(next_tile, num_tiles - 1);  // wraps to 0 after the last, ready for the next launch
+        }
+        const Tile tile = make_tile(a, item, kv_head, args.tile_rows, kKeys, box_keys);
+        if (p.page_size == 0 || item.len_k > 0) {
+            // Q
+            const uint32_t q_full = shared_address(&shared.q_full[q_place.slot]);
+            mbarrier_wait(shared_address(&shared.q_empty[q_place.slot]), q_place.parity ^ 1);
+            if (lane == 0) {
+                shared.tiles[q_place.slot] = tile;
+                mbarrier_arrive_expect_bytes(q_full, kPanels * args.tile_rows * 128);
+            }
+            __syncwarp();
+            if (lane < kPanels) {
+                tma_load(shared_address(shared.q[q_place.slot]) + lane * (Shape::kRows * 128), args.q_map, lane * 64,
+                         kv_head * a.group, tile.q_begin + tile.first_row / a.group, q_full);
+            }
+            q_place.next();
+
+            // K and V
+            const int32_t* pages = p.page_size > 0 ? p.page_table + item.seq * p.page_table_seq_stride : nullptr;
+            const auto look_up = [&](int block) {  // the row of this lane's box
+                const int key = tile.begin + block * kKeys + (box << args.box_shift);
+                if (pages == nullptr) {
+                    return item.k_begin + key;
+                }
+                if (block < 0 || key >= item.len_k || box >= kKeys >> args.box_shift) {
+                    return 0;
+                }
+                return static_cast<int>(static_cast<uint32_t>(pages[(key >> a.page_shift) * p.page_table_page_stride]) *
+                                            a.page_rows +
+                                        kv_head * p.page_size + (key & (p.page_size - 1)));
+            };
+            const auto load = [&](const CUtensorMap& map, int row, int block, uint32_t barrier) {
+                const int keys = item.len_k - (tile.begin + block * kKeys);  // that the sequence has from here on
+                const int boxes = min(kKeys >> args.box_shift, (keys + box_keys - 1) >> args.box_shift);
+                if (lane == 0) {
+                    mbarrier_arrive_expect_bytes(barrier, boxes * kPanels * box_keys * 128);
+                }
+                __syncwarp();
+                if (box < boxes) {
+                    tma_load(shared_address(shared.ring[place.slot]) + destination, map, panel * 64,
+                             pages == nullptr ? kv_head : 0, row, barrier);
+                }
+            };
+            const auto load_v = [&](int row, int block) {
+                const uint32_t full = shared_address(&shared.full[place.slot]);
+                mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
+                const int keys = item.len_k - (tile.begin + block * kKeys);
+                if (keys >= kKeys) {
+                    load(args.v_map, row, block, full);
+                } else {
+                    const uint32_t tail = shared_address(&shared.tail);
+                    load(args.v_map, row, block, tail);
+                    mbarrier_wait(tail, tail_parity);
+                    tail_parity ^= 1;
+                    for (int i = lane; i < (kKeys - keys) * 8; i += 32) {
+#pragma unroll
+                        for (int j = 0; j < kPanels; ++j) {
+                            *reinterpret_cast<uint4*>(shared.ring[place.slot] + j * (kKeys * 128) + keys * 128 +
+                                                      i * 16) = make_uint4(0, 0, 0, 0);
+                        }
+                    }
+                    fence_async_shared();
+                    __syncwarp();
+                    if (lane == 0) {
+                        mbarrier_arrive(full);
+                    }
+                }
+                place.next();
+            };
+            int next_row = look_up(tile.num_blocks - 1), row = 0, v_row = 0;
+            for (int block = tile.num_blocks - 1; block >= 0; --block) {
+                v_row = row;
+                row = next_row;
+                next_row = look_up(block - 1);
+                mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
+                load(args.k_map, row, block, shared_address(&shared.full[place.slot]));
+                place.next();
+                if (block < tile.num_blocks - 1) {
+                    load_v(v_row, block + 1);
+                }
+            }
+            if (tile.num_blocks > 0) {
+                load_v(row, 0);
+            }
+        }
+        index = participants + __shfl_sync(0xffffffffu, taken, 0);
+    }
+    mbarrier_wait(shared_address(&shared.q_empty[q_place.slot]), q_place.parity ^ 1);
+    if (lane == 0) {
+        shared.tiles[q_place.slot].rows = 0;
+        mbarrier_arrive(shared_address(&shared.q_full[q_place.slot]));
+    }
+}
+
+// --- A consumer ------------------------------------------------------------------------------------------------------
+
+// Rows g and g + 8 of a warp (wgmma.cuh): their running maximum and this lane's part of the sums.
+struct RowState {
+    float max[2], sum[2];
+};
+
+// Scores to -inf where the key is outside [first, last) of the lane's rows, counted from the lane's first column.
+template <int kCount>
+__device__ __forceinline__ void mask_scores(float (&s)[kCount], const int (&first)[2], const int (&last)[2]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const int key = i / 4 * 8 + i % 2, half = i / 2 % 2;
+        if (key >= last[half] || key < first[half]) {
+            s[i] = kNegInf;
+        }
+    }
+}
+
+// S becomes 2^(exponent * (S - max)); returns by how much what was summed before must be scaled. kMasked: a row may
+// have seen no key yet, its maximum -inf.
+template <bool kMasked, int kCount>
+__device__ __forceinline__ void softmax(float (&s)[kCount], RowState& rows, float (&correction)[2], float exponent) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float m = rows.max[half];
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+            m = fmaxf(m, fmaxf(s[i + half * 2], s[i + half * 2 + 1]));
+        }
+        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+        const float shift = (kMasked && m == kNegInf ? 0.0f : m) * exponent;
+        correction[half] = exp2_approx(rows.max[half] * exponent - shift);
+        rows.max[half] = m;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float& x = s[i + half * 2 + e];
+                x = exp2_approx(fmaf(x, exponent, -shift));
+                sum += x;
+            }
+        }
+        rows.sum[half] = rows.sum[half] * correction[half] + sum;
+    }
+}
+
+// tanh(x) = 1 - 2 / (1 + e^2x)
+template <int kCount>
+__device__ __forceinline__ void cap_scores(float (&s)[kCount], float tanh_exponent) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        s[i] = 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(s[i] * tanh_exponent));
+    }
+}
+
+template <int D>
+__device__ __forceinline__ float* partial_row(const AttentionMmaArgs& a, const Tile& t, int split, int row) {
+    const int64_t index = t.partial_row + static_cast<int64_t>(split) * t.rows + row;
+    return a.p.workspace + (index * a.p.num_kv_heads + t.kv_head) * (D + kPartialExtra);
+}
+
+template <typename T>
+__device__ __forceinline__ T* out_row(const AttentionMmaArgs& a, const Tile& t, int row) {
+    const int token = (t.first_row + row) / a.group, head = (t.first_row + row) % a.group;
+    return static_cast<T*>(a.p.out) + (t.q_begin + token) * a.p.out_token_stride +
+           (t.kv_head * a.group + head) * a.p.out_head_stride;
+}
+
+// The parts of a split tile, added up by all consumers of the block that wrote the last of them.
+template <typename T, int D>
+__device__ void combine_if_last(const AttentionMmaArgs& a, const Tile& t, int* last) {
+    constexpr int kThreads = Sm90Shape<D>::kConsumers * 128;
+    const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
+    __threadfence();
+    named_barrier_sync(kConsumersBarrier, kThreads);
+    if (thread == 0) {
+        int32_t* counters = const_cast<int32_t*>(a.p.work_map) + kHeaderInts;
+        const unsigned before = atomicInc(
+            reinterpret_cast<unsigned*>(counters + static_cast<int64_t>(t.counter) * a.p.num_kv_heads + t.kv_head),
+            t.num_splits - 1);
+        *last = before == static_cast<unsigned>(t.num_splits - 1);
+    }
+    named_barrier_sync(kConsumersBarrier, kThreads);
+    if (*last == 0) {
+        return;
+    }
+    __threadfence();
+    for (int row = warp; row < t.rows; row += kThreads / 32) {
+        float m = kNegInf, sum = 0.0f;
+        for (int s = 0; s < t.num_splits; ++s) {
+            m = fmaxf(m, __ldcg(partial_row<D>(a, t, s, row) + D));
+        }
+        m = m == kNegInf ? 0.0f : m;
+        for (int s = 0; s < t.num_splits; ++s) {
+            const float2 part = __ldcg(reinterpret_cast<const float2*>(partial_row<D>(a, t, s, row) + D));
+            sum += exp2_approx(part.x - m) * part.y;
+        }
+        const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+        T* out = out_row<T>(a, t, row);
+        for (int column = lane * 4; column < D; column += 128) {
+            float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            for (int s = 0; s < t.num_splits; ++s) {
+                const float* partial = partial_row<D>(a, t, s, row);
+                const float weight = exp2_approx(__ldcg(partial + D) - m) * scale;
+                const float4 y = __ldcg(reinterpret_cast<const float4*>(partial + column));
+                x.x += y.x * weight;
+                x.y += y.y * weight;
+                x.z += y.z * weight;
+                x.w += y.w * weight;
+            }
+            *reinterpret_cast<uint2*>(out + column) = make_uint2(pack_pair<T>(x.x, x.y), pack_pair<T>(x.z, x.w));
+        }
+    }
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& shared) {
+    using Shape = Sm90Shape<D>;
+    constexpr int kKeys = Shape::kKeys, kConsumers = Shape::kConsumers;
+    const AttentionMmaArgs& a = args.a;
+    const AttentionParams& p = a.p;
+    const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int quad = lane % 4, row = consumer * 64 + warp * 16 + lane / 4;  // and row + 8
+    const bool elected = lane == 0;
+
+    Place<Shape::kQSlots> q_place;
+    Place<Shape::kSlots> place;
+    if (kConsumers > 1 && consumer == 0) {
+        named_barrier_arrive(kTurnBarrier, 256);  // the first turn
+    }
+    for (;;) {
+        mbarrier_wait(shared_address(&shared.q_full[q_place.slot]), q_place.parity);
+        const Tile tile = shared.tiles[q_place.slot];
+        if (tile.rows == 0) {
+            break;
+        }
+        const uint32_t q_shared = shared_address(shared.q[q_place.slot]) + consumer * (64 * 128);
+
+        // --- Where masks begin ---------------------------------------------------------------------------------------
+        int row_first[2], row_last[2];  // keys [first, last) that the lane's rows see, from its first column of keys
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int position = tile.q_offset + (tile.first_row + row + half * 8) / a.group;
+            row_last[half] = (p.causal ? min(tile.end, position + 1) : tile.end) - tile.begin - quad * 2;
+            row_first[half] = (p.window > 0 ? position - p.window + 1 : 0) - tile.begin - quad * 2;
+        }
+        const int first_position = tile.q_offset + tile.first_row / a.group;
+        const int last_position = tile.q_offset + (tile.first_row + tile.rows - 1) / a.group;
+        // Blocks from mask_from on cross the causal edge or the end, those below mask_below the window's.
+        const int seen_by_all = (p.causal ? min(tile.end, first_position + 1) : tile.end) - tile.begin;
+        const int mask_from = max(0, seen_by_all) / kKeys;
+        const int mask_below = p.window > 0 ? max(0, last_position - p.window + kKeys - tile.begin) / kKeys : 0;
+
+        float o[D / 2] = {};
+        float s[kKeys / 2];
+        uint32_t weights[kKeys / 16][4];  // P
+        RowState rows = {{kNegInf, kNegInf}, {0.0f, 0.0f}};
+        float correction[2];
+
+        const auto issue_scores = [&] {
+            const uint32_t k_shared = shared_address(shared.ring[place.slot]);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                wgmma_ss<T, kKeys>(s, wgmma_k_major(q_shared + d / 4 * (Shape::kRows * 128) + d % 4 * 32),
+                                   wgmma_k_major(k_shared + d / 4 * (kKeys * 128) + d % 4 * 32), d > 0);
+            }
+            wgmma_commit();
+        };
+        const auto issue_output = [&](int slot) {
+            const uint32_t v_shared = shared_address(shared.ring[slot]);
+#pragma unroll
+            for (int i = 0; i < kKeys / 16; ++i) {
+                wgmma_rs<T, D>(o, weights[i], wgmma_n_major(v_shared + i * 2048, kKeys * 128), 1);
+            }
+            wgmma_commit();
+        };
+        const auto wait_full = [&] { mbarrier_wait(shared_address(&shared.full[place.slot]), place.parity); };
+        const auto release = [&](int slot) {
+            if (elected) {
+                mbarrier_arrive(shared_address(&shared.empty[slot]));
+            }
+        };
+        const auto weigh = [&](auto masked, int block) {
+            if (p.soft_cap > 0.0f) {
+                cap_scores(s, a.tanh_exponent);
+            }
+            if constexpr (decltype(masked)::value) {
+                const int first[2] = {row_first[0] - block * kKeys, row_first[1] - block * kKeys};
+                const int last[2] = {row_last[0] - block * kKeys, row_last[1] - block * kKeys};
+                mask_scores(s, first, last);
+            }
+            softmax<decltype(masked)::value>(s, rows, correction, a.exponent);
+        };
+        const auto round_weights = [&] {
+#pragma unroll
+            for (int i = 0; i < kKeys / 16; ++i) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    weights[i][j] = pack_pair<T>(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+                }
+            }
+        };
+
+        if (tile.num_blocks > 0) {
+            // --- The first block of keys -----------------------------------------------------------------------------
+            wait_full();
+            wgmma_fence();
+            issue_scores();
+            wgmma_wait<0>();
+            wgmma_hold(s);
+            release(place.slot);
+            place.next();
+            weigh(std::true_type{}, tile.num_blocks - 1);
+            round_weights();
+
+            // --- S of a block, then P V of the one before ------------------------------------------------------------
+            const auto step = [&](auto masked, int block) {
+                wait_full();
+                if (kConsumers > 1) {
+                    named_barrier_sync(kTurnBarrier + consumer, 256);
+                }
+                const int k_slot = place.slot;
+                wgmma_fence();
+                issue_scores();
+                place.next();
+                wait_full();
+                const int v_slot = place.slot;
+                wgmma_fence();
+                issue_output(v_slot);
+                place.next();
+                if (kConsumers > 1) {
+                    named_barrier_arrive(kTurnBarrier + (consumer + 1 == kConsumers ? 0 : consumer + 1), 256);
+                }
+                wgmma_wait<1>();
+                wgmma_hold(s);
+                release(k_slot);
+                weigh(masked, block);
+                wgmma_wait<0>();
+                wgmma_hold(o);
+                release(v_slot);
+                round_weights();
+#pragma unroll
+                for (int i = 0; i < D / 2; ++i) {
+                    o[i] *= correction[i / 2 % 2];
+                }
+            };
+            int block = tile.num_blocks - 2;
+            for (; block >= mask_from; --block) {
+                step(std::true_type{}, block);
+            }
+            for (; block >= mask_below; --block) {
+                step(std::false_type{}, block);
+            }
+            for (; block >= 0; --block) {
+                step(std::true_type{}, block);
+            }
+
+            // --- P V of the last -------------------------------------------------------------------------------------
+            wait_full();
+            wgmma_fence();
+            issue_output(place.slot);
+            wgmma_wait<0>();
+            wgmma_hold(o);
+            release(place.slot);
+            place.next();
+        }
+
+        // --- The output: to shared memory as wgmma and TMA would have it, then in rows of 16-byte pieces ------------
+        float scale[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 1);
+            rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 2);
+            scale[half] = rows.sum[half] > 0.0f ? 1.0f / rows.sum[half] : 0.0f;
+        }
+        if (tile.num_splits == 1) {
+            named_barrier_sync(kGroupBarrier + consumer, 128);  // no warp of the warpgroup needs its queries any more
+            const uint32_t warp_shared = q_shared + warp * (16 * 128);
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) {
+                const uint32_t address = warp_shared + i / 4 * (Shape::kRows * 128) + lane % 16 * 128 +
+                                         ((i % 4 * 2 + lane / 16) ^ lane % 8) * 16;
+                const float* x = o + i * 8;
+                stmatrix_x4(address, pack_pair<T>(x[0] * scale[0], x[1] * scale[0]),
+                            pack_pair<T>(x[2] * scale[1], x[3] * scale[1]),
+                            pack_pair<T>(x[4] * scale[0], x[5] * scale[0]),
+                            pack_pair<T>(x[6] * scale[1], x[7] * scale[1]));
+            }
+            __syncwarp();
+            constexpr int kPieces = D / 8;
+#pragma unroll
+            for (int i = 0; i < kPieces / 2; ++i) {
+                const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
+                const int tile_row = consumer * 64 + warp * 16 + r;
+                const uint4 x = load_shared_16(warp_shared + piece / 8 * (Shape::kRows * 128) + r * 128 +
+                                               ((piece % 8) ^ r % 8) * 16);
+                if (tile_row < tile.rows) {
+                    *reinterpret_cast<uint4*>(out_row<T>(a, tile, tile_row) + piece * 8) = x;
+                }
+            }
+            fence_async_shared();  // before TMA writes there again
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if (row + half * 8 < tile.rows) {
+                    float* partial = partial_row<D>(a, tile, tile.split, row + half * 8);
+#pragma unroll
+                    for (int n = 0; n < D / 8; ++n) {
+                        *reinterpret_cast<float2*>(partial + n * 8 + quad * 2) =
+                            make_float2(o[n * 4 + half * 2], o[n * 4 + half * 2 + 1]);
+                    }
+                    if (quad == 0) {
+                        *reinterpret_cast<float2*>(partial + D) =
+                            make_float2(rows.max[half] * a.exponent, rows.sum[half]);
+                    }
+                }
+            }
+            combine_if_last<T, D>(a, tile, &shared.last);
+        }
+        __syncwarp();
+        if (elected) {
+            mbarrier_arrive(shared_address(&shared.q_empty[q_place.slot]));
+        }
+        q_place.next();
+    }
+}
+
+// Warpgroup 0 is the producer (one warp of it), the others consume.
+template <typename T, int D>
+__global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
+    attention_sm90_kernel(const __grid_constant__ Sm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using Shape = Sm90Shape<D>;
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    Sm90Shared<D>& shared = *reinterpret_cast<Sm90Shared<D>*>(shared_bytes);
+    static_assert(sizeof(Sm90Shared<D>) == Shape::kSharedBytes && Shape::kSharedBytes <= 227 * 1024);
+
+    if (threadIdx.x == 0) {
+        tma_prefetch_map(args.q_map);
+        tma_prefetch_map(args.k_map);
+        tma_prefetch_map(args.v_map);
+        for (int i = 0; i < Shape::kSlots; ++i) {
+            mbarrier_init(shared_address(&shared.full[i]), 1);
+            mbarrier_init(shared_address(&shared.empty[i]), Shape::kConsumers * 4);
+        }
+        for (int i = 0; i < Shape::kQSlots; ++i) {
+            mbarrier_init(shared_address(&shared.q_full[i]), 1);
+            mbarrier_init(shared_address(&shared.q_empty[i]), Shape::kConsumers * 4);
+        }
+        mbarrier_init(shared_address(&shared.tail), 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    pdl_wait();
+    pdl_launch_dependents();  // the decode items of this call, which do not wait for this kernel (attention.cu)
+
+    const int num_tiles = args.a.p.work_map[1] * args.a.p.num_kv_heads;
+    const int participants = min(num_tiles, min(static_cast<int>(gridDim.x), args.a.p.work_map[3]));
+    if (static_cast<int>(blockIdx.x) >= participants) {
+        return;
+    }
+    if (threadIdx.x < 128) {
+        give_registers<Shape::kProducerRegisters>();
+        if (threadIdx.x < 32) {
+            produce<D>(args, shared, num_tiles, participants);
+        }
+    } else {
+        take_registers<Shape::kConsumerRegisters>();
+        consume<T, D>(args, shared);
+    }
+#endif
+}
+
+}  // namespace
+
+template <typename T, int D>
+void attention_sm90_head(const Sm90Args& args, int num_blocks, void* stream) {
+    launch(attention_sm90_kernel<T, D>,
+           {.grid = dim3(num_blocks),
+            .block = dim3(Sm90Shape<D>::kThreads),
+            .shared_bytes = Sm90Shape<D>::kSharedBytes,
+            .pdl = true},
+           stream, args);
+}
+
+}  // namespace fastkernels

@@ -1,0 +1,41 @@
+// What the launcher of attention_sm90 hands to its instances, one file a head size, and the shapes both need.
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/attention_mma.h"
+
+namespace fastkernels {
+
+struct Sm90Args {
+    CUtensorMap q_map;  // [num_tokens, num_q_heads, D] in boxes of [tile_rows / group, group, 64]
+    CUtensorMap k_map;  // [rows, num_kv_heads, D] in boxes of [1 << box_shift, 1, 64]; pages: [rows, 1, D]
+    CUtensorMap v_map;
+    AttentionMmaArgs a;
+    int64_t item_offset;
+    int32_t tile_rows;
+    int32_t box_shift;  // log2 of the keys of a box, those of a page or of a block
+};
+
+template <int D>
+struct Sm90Shape {
+    static constexpr int kConsumers = D <= 64 ? 3 : 2;  // warpgroups
+    static constexpr int kThreads = 128 * (kConsumers + 1);
+    static constexpr int kRows = 64 * kConsumers;
+    static_assert(kRows == prefill_rows_sm90(D, 1));
+    static constexpr int kKeys = D <= 128 ? 128 : 64;  // of a block
+    static constexpr int kPanels = (D + 63) / 64;      // of 64 columns; what a row lacks TMA fills with zeros
+    static constexpr int kQBytes = kRows * kPanels * 128;
+    static constexpr int kSlotBytes = kKeys * kPanels * 128;  // a block of K or of V
+    static constexpr int kQSlots = D <= 128 ? 2 : 1;
+    static constexpr int kSlots = D <= 64 ? 8 : 5;
+    static constexpr int kSharedBytes = kQSlots * kQBytes + kSlots * kSlotBytes + 1024;
+    // 65,536 a block: of the consumers' share S takes kKeys / 2, O D / 2 and P kKeys / 4.
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+};
+
+template <typename T, int D>
+void attention_sm90_head(const Sm90Args& args, int num_blocks, void* stream);
+
+}  // namespace fastkernels
