@@ -5,7 +5,7 @@
 // One block stays on each SM and takes tiles from the list of prefill items, in its order, by a counter. A tile is 64
 // packed rows (row r is token r / group, head r % group) for each consumer warpgroup, against the keys of one KV head
 // in blocks of kKeys, the last block first.
-//   Producer, one warp: looks pages up and issues TMA loads. Q has kQSlots places. K and V blocks go through one ring,
+//   Producer, 4 warps: look pages up and issue TMA loads. Q has kQSlots places. K and V blocks go through one ring,
 //   in the order in which they are used: K0, K1, V0, K2, V1 ... A lane loads one box: 64 columns of the keys of one
 //   page, or of kKeys contiguous ones. Keys past the end of a sequence (other sequences', stale pages) are zeroed in
 //   the block of V where they occur, since 0 x NaN is NaN; in K they are masked out.
@@ -45,6 +45,7 @@ struct Tile {
     int q_offset;  // len_k - len_q: token i of the sequence is at position q_offset + i
     int begin, end, num_blocks;
     int split, num_splits, partial_row, counter;
+    int seq, k_begin, len_k;
 };
 
 template <int D>
@@ -53,10 +54,11 @@ struct Sm90Shared {
     alignas(1024) unsigned char q[Shape::kQSlots][Shape::kQBytes];
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];
-    uint64_t q_full[Shape::kQSlots], q_empty[Shape::kQSlots];
+    uint64_t tile_full[Shape::kQSlots], q_full[Shape::kQSlots], q_empty[Shape::kQSlots];
     uint64_t tail;  // the block of V whose end is zeroed
     Tile tiles[Shape::kQSlots];
-    int last;  // whether this block combines the tile's splits
+    WorkItem item;  // of the tile that warp 0 prepares
+    int last;       // whether this block combines the tile's splits
 };
 
 // Named barriers: 0 is __syncthreads.
@@ -71,154 +73,184 @@ struct Place {
     uint32_t parity = 0;
 
     __device__ __forceinline__ void next() {
-        if (++slot == kSlots) {
-            slot = 0;
+        advance(1);
+    }
+    __device__ __forceinline__ void advance(int steps) {
+        slot += steps;
+        if (slot >= kSlots) {
+            slot -= kSlots;
             parity ^= 1;
         }
     }
 };
 
-__device__ __forceinline__ Tile make_tile(const AttentionMmaArgs& a, const WorkItem& item, int kv_head, int tile_rows,
-                                          int block_keys, int box_keys) {
+// Field by field, to and from shared memory: the producer has few registers.
+__device__ __forceinline__ void make_tile(Tile& t, const AttentionMmaArgs& a, const WorkItem& item, int kv_head,
+                                          int tile_rows, int block_keys, int box_keys) {
     const AttentionParams& p = a.p;
-    Tile t;
-    t.first_row = item.tile * tile_rows;
-    t.rows = min(item.len_q * a.group - t.first_row, tile_rows);
     t.kv_head = kv_head;
     t.q_begin = item.q_begin;
-    t.q_offset = item.len_k - item.len_q;
-    const int first_position = t.q_offset + t.first_row / a.group;
-    const int last_position = t.q_offset + (t.first_row + t.rows - 1) / a.group;
-    t.end = p.causal ? min(item.len_k, last_position + 1) : item.len_k;
-    // The first key is that of a box, so that a box is never of two pages.
-    t.begin = p.window > 0 ? max(0, first_position - p.window + 1) / box_keys * box_keys : 0;
-    const int blocks = max(0, t.end - t.begin + block_keys - 1) / block_keys;
-    const int split_blocks = (blocks + item.num_splits - 1) / item.num_splits;
-    t.begin += item.split * split_blocks * block_keys;
-    t.end = min(t.end, t.begin + split_blocks * block_keys);
-    t.num_blocks = max(0, t.end - t.begin + block_keys - 1) / block_keys;
-    t.split = item.split;
     t.num_splits = item.num_splits;
     t.partial_row = item.partial_row;
     t.counter = item.counter;
-    return t;
+    t.seq = item.seq;
+    t.k_begin = item.k_begin;
+    const int len_k = item.len_k, q_offset = len_k - item.len_q, first_row = item.tile * tile_rows;
+    const int rows = min(item.len_q * a.group - first_row, tile_rows);
+    t.len_k = len_k;
+    t.q_offset = q_offset;
+    t.first_row = first_row;
+    t.rows = rows;
+    // The first key is that of a box, so that a box is never of two pages.
+    int begin = 0;
+    if (p.window > 0) {
+        begin = max(0, q_offset + first_row / a.group - p.window + 1) / box_keys * box_keys;
+    }
+    const int end = p.causal ? min(len_k, q_offset + (first_row + rows - 1) / a.group + 1) : len_k;
+    const int blocks = max(0, end - begin + block_keys - 1) / block_keys;
+    const int split = item.split, split_blocks = (blocks + item.num_splits - 1) / item.num_splits;
+    t.split = split;
+    t.begin = begin + split * split_blocks * block_keys;
+    t.end = min(end, begin + (split + 1) * split_blocks * block_keys);
+    t.num_blocks = max(0, min(blocks - split * split_blocks, split_blocks));
 }
 
 // --- The producer ----------------------------------------------------------------------------------------------------
 
+// Warps 0 and 1 load K, 2 and 3 load V, each every second box of a block. Warp 0 also takes tiles from the list, tells
+// the others, and loads Q.
 template <int D>
 __device__ __forceinline__ void produce(const Sm90Args& args, Sm90Shared<D>& shared, int num_tiles, int participants) {
     using Shape = Sm90Shape<D>;
     constexpr int kKeys = Shape::kKeys, kPanels = Shape::kPanels;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
-    const int lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // the same for all lanes
+    const bool loads_v = warp >= 2;
+    const CUtensorMap& map = loads_v ? args.v_map : args.k_map;
     const int box_keys = 1 << args.box_shift;
-    const int panel = lane % kPanels, box = lane / kPanels;  // this lane's, of every block
+    const int panel = (lane * 2 + warp % 2) % kPanels, box = (lane * 2 + warp % 2) / kPanels;  // of this lane
     const uint32_t destination = panel * (kKeys * 128) + (box << args.box_shift) * 128;
-    const WorkItem* items = reinterpret_cast<const WorkItem*>(p.work_map + args.item_offset);
-    unsigned* next_tile = reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2);
+    const bool paged = p.page_size > 0;
 
+    const auto item_word = [&](int index) {  // a lane a word
+        const int32_t* items = p.work_map + args.item_offset;
+        return lane < kItemInts && index < num_tiles ? items[index / p.num_kv_heads * kItemInts + lane] : 0;
+    };
     Place<Shape::kQSlots> q_place;
     Place<Shape::kSlots> place;
     uint32_t tail_parity = 0;
-    for (int index = blockIdx.x; index < num_tiles;) {
-        const WorkItem item = items[index / p.num_kv_heads];
-        const int kv_head = index % p.num_kv_heads;
+    int index = blockIdx.x;
+    int word = warp == 0 ? item_word(index) : 0;
+    for (;;) {
+        // --- The next tile -------------------------------------------------------------------------------------------
         unsigned taken = 0;
-        if (lane == 0) {
-            taken = atomicInc(next_tile, num_tiles - 1);  // wraps to 0 after the last, ready for the next launch
-        }
-        const Tile tile = make_tile(a, item, kv_head, args.tile_rows, kKeys, box_keys);
-        if (p.page_size == 0 || item.len_k > 0) {
-            // Q
-            const uint32_t q_full = shared_address(&shared.q_full[q_place.slot]);
+        if (warp == 0) {
+            if (index < num_tiles && lane == 0) {
+                // Wraps to 0 after the last, ready for the next launch.
+                taken = atomicInc(reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2), num_tiles - 1);
+            }
             mbarrier_wait(shared_address(&shared.q_empty[q_place.slot]), q_place.parity ^ 1);
-            if (lane == 0) {
-                shared.tiles[q_place.slot] = tile;
-                mbarrier_arrive_expect_bytes(q_full, kPanels * args.tile_rows * 128);
+            if (lane < kItemInts) {
+                reinterpret_cast<int*>(&shared.item)[lane] = word;
             }
             __syncwarp();
-            if (lane < kPanels) {
-                tma_load(shared_address(shared.q[q_place.slot]) + lane * (Shape::kRows * 128), args.q_map, lane * 64,
-                         kv_head * a.group, tile.q_begin + tile.first_row / a.group, q_full);
-            }
-            q_place.next();
-
-            // K and V
-            const int32_t* pages = p.page_size > 0 ? p.page_table + item.seq * p.page_table_seq_stride : nullptr;
-            const auto look_up = [&](int block) {  // the row of this lane's box
-                const int key = tile.begin + block * kKeys + (box << args.box_shift);
-                if (pages == nullptr) {
-                    return item.k_begin + key;
-                }
-                if (block < 0 || key >= item.len_k || box >= kKeys >> args.box_shift) {
-                    return 0;
-                }
-                return static_cast<int>(static_cast<uint32_t>(pages[(key >> a.page_shift) * p.page_table_page_stride]) *
-                                            a.page_rows +
-                                        kv_head * p.page_size + (key & (p.page_size - 1)));
-            };
-            const auto load = [&](const CUtensorMap& map, int row, int block, uint32_t barrier) {
-                const int keys = item.len_k - (tile.begin + block * kKeys);  // that the sequence has from here on
-                const int boxes = min(kKeys >> args.box_shift, (keys + box_keys - 1) >> args.box_shift);
-                if (lane == 0) {
-                    mbarrier_arrive_expect_bytes(barrier, boxes * kPanels * box_keys * 128);
-                }
-                __syncwarp();
-                if (box < boxes) {
-                    tma_load(shared_address(shared.ring[place.slot]) + destination, map, panel * 64,
-                             pages == nullptr ? kv_head : 0, row, barrier);
-                }
-            };
-            const auto load_v = [&](int row, int block) {
-                const uint32_t full = shared_address(&shared.full[place.slot]);
-                mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
-                const int keys = item.len_k - (tile.begin + block * kKeys);
-                if (keys >= kKeys) {
-                    load(args.v_map, row, block, full);
+            Tile& tile = shared.tiles[q_place.slot];
+            if (lane == 0) {
+                const uint32_t q_full = shared_address(&shared.q_full[q_place.slot]);
+                if (index < num_tiles) {
+                    make_tile(tile, a, shared.item, index % p.num_kv_heads, args.tile_rows, kKeys, box_keys);
+                    mbarrier_arrive_expect_bytes(q_full, kPanels * args.tile_rows * 128);
+                    for (int i = 0; i < kPanels; ++i) {
+                        tma_load(shared_address(shared.q[q_place.slot]) + i * (Shape::kRows * 128), args.q_map, i * 64,
+                                 tile.kv_head * a.group, tile.q_begin + tile.first_row / a.group, q_full);
+                    }
                 } else {
-                    const uint32_t tail = shared_address(&shared.tail);
-                    load(args.v_map, row, block, tail);
-                    mbarrier_wait(tail, tail_parity);
-                    tail_parity ^= 1;
-                    for (int i = lane; i < (kKeys - keys) * 8; i += 32) {
-#pragma unroll
-                        for (int j = 0; j < kPanels; ++j) {
-                            *reinterpret_cast<uint4*>(shared.ring[place.slot] + j * (kKeys * 128) + keys * 128 +
-                                                      i * 16) = make_uint4(0, 0, 0, 0);
-                        }
-                    }
-                    fence_async_shared();
-                    __syncwarp();
-                    if (lane == 0) {
-                        mbarrier_arrive(full);
-                    }
+                    tile.rows = 0;
+                    mbarrier_arrive(q_full);
                 }
-                place.next();
-            };
-            int next_row = look_up(tile.num_blocks - 1), row = 0, v_row = 0;
-            for (int block = tile.num_blocks - 1; block >= 0; --block) {
-                v_row = row;
-                row = next_row;
-                next_row = look_up(block - 1);
-                mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
-                load(args.k_map, row, block, shared_address(&shared.full[place.slot]));
-                place.next();
-                if (block < tile.num_blocks - 1) {
-                    load_v(v_row, block + 1);
-                }
+                mbarrier_arrive(shared_address(&shared.tile_full[q_place.slot]));
             }
-            if (tile.num_blocks > 0) {
-                load_v(row, 0);
-            }
+            __syncwarp();
+        } else {
+            mbarrier_wait(shared_address(&shared.tile_full[q_place.slot]), q_place.parity);
         }
-        index = participants + __shfl_sync(0xffffffffu, taken, 0);
-    }
-    mbarrier_wait(shared_address(&shared.q_empty[q_place.slot]), q_place.parity ^ 1);
-    if (lane == 0) {
-        shared.tiles[q_place.slot].rows = 0;
-        mbarrier_arrive(shared_address(&shared.q_full[q_place.slot]));
+        const Tile& shared_tile = shared.tiles[q_place.slot];
+        const struct {
+            int rows, kv_head, begin, num_blocks, len_k, seq, k_begin;
+        } tile = {shared_tile.rows,  shared_tile.kv_head, shared_tile.begin,  shared_tile.num_blocks,
+                  shared_tile.len_k, shared_tile.seq,     shared_tile.k_begin};
+        __syncwarp();
+        if (warp != 0 && lane == 0) {
+            mbarrier_arrive(shared_address(&shared.q_empty[q_place.slot]));
+        }
+        q_place.next();
+        if (tile.rows == 0) {
+            return;
+        }
+
+        // --- Its keys, or values, the last block first ---------------------------------------------------------------
+        const int32_t* pages = p.page_table + tile.seq * p.page_table_seq_stride;
+        const auto look_up = [&](int block) {  // the row of this lane's box
+            const int key = tile.begin + block * kKeys + (box << args.box_shift);
+            if (!paged) {
+                return tile.k_begin + key;
+            }
+            if (block < 0 || key >= tile.len_k || box >= kKeys >> args.box_shift) {
+                return 0;
+            }
+            return static_cast<int>(static_cast<uint32_t>(pages[(key >> a.page_shift) * p.page_table_page_stride]) *
+                                        a.page_rows +
+                                    tile.kv_head * p.page_size + (key & (p.page_size - 1)));
+        };
+        const auto load = [&](int row, int block) {
+            const uint32_t full = shared_address(&shared.full[place.slot]);
+            const uint32_t slot = shared_address(shared.ring[place.slot]);
+            const int keys = tile.len_k - (tile.begin + block * kKeys);  // that the sequence has from here on
+            const int boxes = min(kKeys >> args.box_shift, (keys + box_keys - 1) >> args.box_shift);
+            const int own_boxes = (boxes * kPanels + 1 - warp % 2) / 2;
+            const bool zeroes = loads_v && keys < kKeys;
+            const uint32_t barrier = zeroes ? shared_address(&shared.tail) : full;
+            mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
+            if (lane == 0) {
+                mbarrier_arrive_expect_bytes(barrier, own_boxes * box_keys * 128);
+            }
+            __syncwarp();
+            if (lane < own_boxes) {
+                tma_load(slot + destination, map, panel * 64, paged ? 0 : tile.kv_head, row, barrier);
+            }
+            if (zeroes) {
+                mbarrier_wait(barrier, tail_parity);
+                tail_parity ^= 1;
+                for (int i = keys * 8 + warp % 2 * 32 + lane; i < kKeys * 8; i += 64) {
+#pragma unroll
+                    for (int j = 0; j < kPanels; ++j) {
+                        store_shared_16(slot + j * (kKeys * 128) + i * 16, make_uint4(0, 0, 0, 0));
+                    }
+                }
+                fence_async_shared();
+                __syncwarp();
+                if (lane == 0) {
+                    mbarrier_arrive(full);
+                }
+            }
+        };
+        // K0, K1, V0, K2, V1 ... V(n - 2), V(n - 1) have the places 0 to 2n - 1.
+        int row = look_up(tile.num_blocks - 1);
+        if (loads_v && tile.num_blocks > 0) {
+            place.advance(tile.num_blocks > 1 ? 2 : 1);
+        }
+        for (int block = tile.num_blocks - 1; block >= 0; --block) {
+            const int next_row = look_up(block - 1);
+            load(row, block);
+            row = next_row;
+            const bool first = block == tile.num_blocks - 1, last = block == 0;
+            place.advance(loads_v ? (block < 2 ? 1 : 2) : first ? (last ? 2 : 1) : last ? 3 : 2);
+        }
+        if (warp == 0) {
+            index = participants + __shfl_sync(0xffffffffu, taken, 0);
+            word = item_word(index);
+        }
     }
 }
 
@@ -241,22 +273,29 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], const int (&firs
     }
 }
 
-// S becomes 2^(exponent * (S - max)); returns by how much what was summed before must be scaled. kMasked: a row may
-// have seen no key yet, its maximum -inf.
+// S becomes 2^(exponent * (S - max)); returns whether what was summed before must be scaled, and by how much. A maximum
+// that grows by less than 2^kSlack stays as it was, so that this is rare; weights are then at most that. kMasked: a row
+// may have seen no key yet, its maximum -inf.
+constexpr float kSlack = 8.0f;
+
 template <bool kMasked, int kCount>
-__device__ __forceinline__ void softmax(float (&s)[kCount], RowState& rows, float (&correction)[2], float exponent) {
+__device__ __forceinline__ bool softmax(float (&s)[kCount], RowState& rows, float (&correction)[2], float exponent) {
+    bool grows = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float m = rows.max[half];
+        float m = s[half * 2];
 #pragma unroll
         for (int i = 0; i < kCount; i += 4) {
             m = fmaxf(m, fmaxf(s[i + half * 2], s[i + half * 2 + 1]));
         }
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+        const bool row_grows = (m - rows.max[half]) * exponent > kSlack;  // false where both are -inf
+        m = row_grows ? m : rows.max[half];
         const float shift = (kMasked && m == kNegInf ? 0.0f : m) * exponent;
-        correction[half] = exp2_approx(rows.max[half] * exponent - shift);
+        correction[half] = row_grows ? exp2_approx(rows.max[half] * exponent - shift) : 1.0f;
         rows.max[half] = m;
+        grows |= row_grows;
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < kCount; i += 4) {
@@ -268,6 +307,15 @@ __device__ __forceinline__ void softmax(float (&s)[kCount], RowState& rows, floa
             }
         }
         rows.sum[half] = rows.sum[half] * correction[half] + sum;
+    }
+    return __any_sync(0xffffffffu, grows);
+}
+
+// ptxas would put the wait for P V ahead of the softmax that is to run beside it, were it not for a branch between
+// them that hangs on what the softmax made: sums, which are never negative.
+__device__ __forceinline__ void hold_back(const float (&sum)[2]) {
+    if (__any_sync(0xffffffffu, sum[0] < 0.0f || sum[1] < 0.0f)) {
+        __trap();
     }
 }
 
@@ -346,7 +394,8 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
     constexpr int kKeys = Shape::kKeys, kConsumers = Shape::kConsumers;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
-    const int consumer = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4,
+              lane = threadIdx.x % 32;
     const int quad = lane % 4, row = consumer * 64 + warp * 16 + lane / 4;  // and row + 8
     const bool elected = lane == 0;
 
@@ -357,9 +406,17 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
     }
     for (;;) {
         mbarrier_wait(shared_address(&shared.q_full[q_place.slot]), q_place.parity);
-        const Tile tile = shared.tiles[q_place.slot];
+        const Tile& tile = shared.tiles[q_place.slot];  // read where it is needed: registers are scarce
         if (tile.rows == 0) {
             break;
+        }
+        if (p.page_size > 0 && tile.len_k == 0) {  // a sequence that is skipped
+            __syncwarp();
+            if (elected) {
+                mbarrier_arrive(shared_address(&shared.q_empty[q_place.slot]));
+            }
+            q_place.next();
+            continue;
         }
         const uint32_t q_shared = shared_address(shared.q[q_place.slot]) + consumer * (64 * 128);
 
@@ -416,7 +473,7 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
                 const int last[2] = {row_last[0] - block * kKeys, row_last[1] - block * kKeys};
                 mask_scores(s, first, last);
             }
-            softmax<decltype(masked)::value>(s, rows, correction, a.exponent);
+            return softmax<decltype(masked)::value>(s, rows, correction, a.exponent);
         };
         const auto round_weights = [&] {
 #pragma unroll
@@ -461,14 +518,19 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
                 wgmma_wait<1>();
                 wgmma_hold(s);
                 release(k_slot);
-                weigh(masked, block);
+                const bool grows = weigh(masked, block);
+                if constexpr (Shape::kConsumers == 2) {
+                    hold_back(rows.sum);
+                }
                 wgmma_wait<0>();
                 wgmma_hold(o);
                 release(v_slot);
                 round_weights();
+                if (grows) {
 #pragma unroll
-                for (int i = 0; i < D / 2; ++i) {
-                    o[i] *= correction[i / 2 % 2];
+                    for (int i = 0; i < D / 2; ++i) {
+                        o[i] *= correction[i / 2 % 2];
+                    }
                 }
             };
             int block = tile.num_blocks - 2;
@@ -567,14 +629,15 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
         tma_prefetch_map(args.k_map);
         tma_prefetch_map(args.v_map);
         for (int i = 0; i < Shape::kSlots; ++i) {
-            mbarrier_init(shared_address(&shared.full[i]), 1);
+            mbarrier_init(shared_address(&shared.full[i]), 2);  // producer warps
             mbarrier_init(shared_address(&shared.empty[i]), Shape::kConsumers * 4);
         }
         for (int i = 0; i < Shape::kQSlots; ++i) {
+            mbarrier_init(shared_address(&shared.tile_full[i]), 1);
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
-            mbarrier_init(shared_address(&shared.q_empty[i]), Shape::kConsumers * 4);
+            mbarrier_init(shared_address(&shared.q_empty[i]), Shape::kConsumers * 4 + 3);
         }
-        mbarrier_init(shared_address(&shared.tail), 1);
+        mbarrier_init(shared_address(&shared.tail), 2);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -588,9 +651,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
     }
     if (threadIdx.x < 128) {
         give_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x < 32) {
-            produce<D>(args, shared, num_tiles, participants);
-        }
+        produce<D>(args, shared, num_tiles, participants);
     } else {
         take_registers<Shape::kConsumerRegisters>();
         consume<T, D>(args, shared);

@@ -31,8 +31,8 @@ struct Sm90Shape {
     static constexpr int kSlots = D <= 64 ? 8 : 5;
     static constexpr int kSharedBytes = kQSlots * kQBytes + kSlots * kSlotBytes + 1024;
     // 65,536 a block: of the consumers' share S takes kKeys / 2, O D / 2 and P kKeys / 4.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
 };
 
 template <typename T, int D>

@@ -65,6 +65,17 @@ def test_split_context_of_prefill_tiles(lengths, head_dim, device):
     PagedBatch.random(lengths, device, **shape).check()
 
 
+@pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_more_tiles_than_multiprocessors(head_dim):
+    lengths = [(100 + 53 * i, 100 + 97 * i) for i in range(14)] + [(1, 300)] * 5
+    shape = {"heads": (8, 8), "head_dim": head_dim, "dtype": torch.bfloat16}
+    batch = PagedBatch.random(lengths, torch.device("cuda"), **shape)
+    expected = batch.check()
+    for _ in range(5):  # by whichever block a tile is taken
+        assert torch.equal(batch.check(), expected)
+
+
 @pytest.mark.parametrize("page_size", [1, 8, 16, 64])
 def test_page_sizes(page_size, device):
     if page_size == 1 and device.type == "cuda":

@@ -21,4 +21,9 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
     return x;
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
 }  // namespace fastkernels
