@@ -61,7 +61,7 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
     const bool paged = p.page_size > 0;
     const int block_keys = p.head_dim <= 128 ? Sm90Shape<128>::kKeys : Sm90Shape<256>::kKeys;
     const int box_keys = paged && p.page_size < block_keys ? p.page_size : block_keys;
-    const int tile_rows = prefill_rows_sm90(p.head_dim, a.group), sms = num_sms();
+    const int tile_tokens = prefill_rows_sm90(p.head_dim, a.group) / a.group, sms = num_sms();
     // Pages: every row of head_dim elements, of K and V and all heads, is a row of the map.
     const int64_t rows = paged ? p.num_keys * a.page_rows : p.num_keys;
     check(rows < int64_t{1} << 31, "attention takes caches of fewer than 2^31 rows of head_dim elements, got ", rows);
@@ -69,12 +69,13 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
     const int kv_heads = paged ? 1 : p.num_kv_heads;
     const Sm90Args args{
         .q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride, p.q_token_stride,
-                            a.group, tile_rows / a.group),
+                            a.group, tile_tokens),
         .k_map = tensor_map(p.k, p.dtype, p.head_dim, kv_heads, rows, p.k_head_stride, p.k_token_stride, 1, box_keys),
         .v_map = tensor_map(p.v, p.dtype, p.head_dim, kv_heads, v_rows, p.v_head_stride, p.v_token_stride, 1, box_keys),
         .a = a,
         .item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms),
-        .tile_rows = tile_rows,
+        .tile_tokens = tile_tokens,
+        .inverse_group = 1.0f / static_cast<float>(a.group),
         .box_shift = std::countr_zero(static_cast<uint32_t>(box_keys)),
     };
     p.dtype == DType::bf16 ? launch_head<bf16>(args, sms, stream) : launch_head<fp16>(args, sms, stream);

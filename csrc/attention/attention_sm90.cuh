@@ -38,12 +38,11 @@ constexpr float kNegInf = -INFINITY;
 
 // What the producer tells the consumers about a tile.
 struct Tile {
-    int rows;       // 0: there are no more tiles
-    int first_row;  // of the sequence's packed rows
+    int rows;         // 0: there are no more tiles
+    int first_token;  // of q and out
     int kv_head;
-    int q_begin;
-    int q_offset;  // len_k - len_q: token i of the sequence is at position q_offset + i
-    int begin, end, num_blocks;
+    int first_position, last_position;  // of its tokens in the sequence
+    int begin, end, num_blocks;         // of keys; at least one block, which may be empty
     int split, num_splits, partial_row, counter;
     int seq, k_begin, len_k;
 };
@@ -55,7 +54,7 @@ struct Sm90Shared {
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];
     uint64_t tile_full[Shape::kQSlots], q_full[Shape::kQSlots], q_empty[Shape::kQSlots];
-    uint64_t tail;  // the block of V whose end is zeroed
+    uint64_t tail[Shape::kLoaders];  // a block of V whose end is to be zeroed
     Tile tiles[Shape::kQSlots];
     WorkItem item;  // of the tile that warp 0 prepares
     int last;       // whether this block combines the tile's splits
@@ -86,146 +85,163 @@ struct Place {
 
 // Field by field, to and from shared memory: the producer has few registers.
 __device__ __forceinline__ void make_tile(Tile& t, const AttentionMmaArgs& a, const WorkItem& item, int kv_head,
-                                          int tile_rows, int block_keys, int box_keys) {
+                                          int tile_tokens, int block_keys, int box_keys) {
     const AttentionParams& p = a.p;
     t.kv_head = kv_head;
-    t.q_begin = item.q_begin;
     t.num_splits = item.num_splits;
     t.partial_row = item.partial_row;
     t.counter = item.counter;
     t.seq = item.seq;
     t.k_begin = item.k_begin;
-    const int len_k = item.len_k, q_offset = len_k - item.len_q, first_row = item.tile * tile_rows;
-    const int rows = min(item.len_q * a.group - first_row, tile_rows);
+    const int len_k = item.len_k, len_q = item.len_q, first = item.tile * tile_tokens;
+    const int tokens = min(len_q - first, tile_tokens);
+    const int first_position = len_k - len_q + first, last_position = first_position + tokens - 1;
     t.len_k = len_k;
-    t.q_offset = q_offset;
-    t.first_row = first_row;
-    t.rows = rows;
+    t.rows = tokens * a.group;
+    t.first_token = item.q_begin + first;
+    t.first_position = first_position;
+    t.last_position = last_position;
     // The first key is that of a box, so that a box is never of two pages.
-    int begin = 0;
-    if (p.window > 0) {
-        begin = max(0, q_offset + first_row / a.group - p.window + 1) / box_keys * box_keys;
-    }
-    const int end = p.causal ? min(len_k, q_offset + (first_row + rows - 1) / a.group + 1) : len_k;
+    const int begin = p.window > 0 ? max(0, first_position - p.window + 1) & -box_keys : 0;
+    const int end = p.causal ? min(len_k, last_position + 1) : len_k;
     const int blocks = max(0, end - begin + block_keys - 1) / block_keys;
     const int split = item.split, split_blocks = (blocks + item.num_splits - 1) / item.num_splits;
     t.split = split;
     t.begin = begin + split * split_blocks * block_keys;
     t.end = min(end, begin + (split + 1) * split_blocks * block_keys);
-    t.num_blocks = max(0, min(blocks - split * split_blocks, split_blocks));
+    t.num_blocks = max(1, min(blocks - split * split_blocks, split_blocks));
 }
 
 // --- The producer ----------------------------------------------------------------------------------------------------
 
-// Warps 0 and 1 load K, 2 and 3 load V, each every second box of a block. Warp 0 also takes tiles from the list, tells
-// the others, and loads Q.
+// Warp 0: takes tiles from the list, tells the others, and loads Q.
 template <int D>
-__device__ __forceinline__ void produce(const Sm90Args& args, Sm90Shared<D>& shared, int num_tiles, int participants) {
+__device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D>& shared, int num_tiles,
+                                              int participants) {
     using Shape = Sm90Shape<D>;
-    constexpr int kKeys = Shape::kKeys, kPanels = Shape::kPanels;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // the same for all lanes
-    const bool loads_v = warp >= 2;
-    const CUtensorMap& map = loads_v ? args.v_map : args.k_map;
-    const int box_keys = 1 << args.box_shift;
-    const int panel = (lane * 2 + warp % 2) % kPanels, box = (lane * 2 + warp % 2) / kPanels;  // of this lane
-    const uint32_t destination = panel * (kKeys * 128) + (box << args.box_shift) * 128;
-    const bool paged = p.page_size > 0;
-
-    const auto item_word = [&](int index) {  // a lane a word
+    const int lane = threadIdx.x % 32;
+    const auto item_word = [&](int index) {  // a lane a word, fetched while the tile before is waited for
         const int32_t* items = p.work_map + args.item_offset;
         return lane < kItemInts && index < num_tiles ? items[index / p.num_kv_heads * kItemInts + lane] : 0;
     };
-    Place<Shape::kQSlots> q_place;
-    Place<Shape::kSlots> place;
-    uint32_t tail_parity = 0;
-    int index = blockIdx.x;
-    int word = warp == 0 ? item_word(index) : 0;
-    for (;;) {
-        // --- The next tile -------------------------------------------------------------------------------------------
-        unsigned taken = 0;
-        if (warp == 0) {
-            if (index < num_tiles && lane == 0) {
-                // Wraps to 0 after the last, ready for the next launch.
-                taken = atomicInc(reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2), num_tiles - 1);
-            }
-            mbarrier_wait(shared_address(&shared.q_empty[q_place.slot]), q_place.parity ^ 1);
-            if (lane < kItemInts) {
-                reinterpret_cast<int*>(&shared.item)[lane] = word;
-            }
-            __syncwarp();
-            Tile& tile = shared.tiles[q_place.slot];
-            if (lane == 0) {
-                const uint32_t q_full = shared_address(&shared.q_full[q_place.slot]);
-                if (index < num_tiles) {
-                    make_tile(tile, a, shared.item, index % p.num_kv_heads, args.tile_rows, kKeys, box_keys);
-                    mbarrier_arrive_expect_bytes(q_full, kPanels * args.tile_rows * 128);
-                    for (int i = 0; i < kPanels; ++i) {
-                        tma_load(shared_address(shared.q[q_place.slot]) + i * (Shape::kRows * 128), args.q_map, i * 64,
-                                 tile.kv_head * a.group, tile.q_begin + tile.first_row / a.group, q_full);
-                    }
-                } else {
-                    tile.rows = 0;
-                    mbarrier_arrive(q_full);
-                }
-                mbarrier_arrive(shared_address(&shared.tile_full[q_place.slot]));
-            }
-            __syncwarp();
-        } else {
-            mbarrier_wait(shared_address(&shared.tile_full[q_place.slot]), q_place.parity);
+    Place<Shape::kQSlots> place;
+    int index = blockIdx.x, word = item_word(index);
+    for (;; place.next()) {
+        mbarrier_wait(shared_address(&shared.q_empty[place.slot]), place.parity ^ 1);
+        if (lane < kItemInts) {
+            reinterpret_cast<int*>(&shared.item)[lane] = word;
         }
-        const Tile& shared_tile = shared.tiles[q_place.slot];
-        const struct {
-            int rows, kv_head, begin, num_blocks, len_k, seq, k_begin;
-        } tile = {shared_tile.rows,  shared_tile.kv_head, shared_tile.begin,  shared_tile.num_blocks,
-                  shared_tile.len_k, shared_tile.seq,     shared_tile.k_begin};
         __syncwarp();
-        if (warp != 0 && lane == 0) {
-            mbarrier_arrive(shared_address(&shared.q_empty[q_place.slot]));
-        }
-        q_place.next();
-        if (tile.rows == 0) {
-            return;
-        }
-
-        // --- Its keys, or values, the last block first ---------------------------------------------------------------
-        const int32_t* pages = p.page_table + tile.seq * p.page_table_seq_stride;
-        const auto look_up = [&](int block) {  // the row of this lane's box
-            const int key = tile.begin + block * kKeys + (box << args.box_shift);
-            if (!paged) {
-                return tile.k_begin + key;
+        Tile& tile = shared.tiles[place.slot];
+        const uint32_t tile_full = shared_address(&shared.tile_full[place.slot]);
+        const uint32_t q_full = shared_address(&shared.q_full[place.slot]);
+        if (index >= num_tiles) {
+            if (lane == 0) {
+                tile.rows = 0;
+                mbarrier_arrive(tile_full);
+                mbarrier_arrive(q_full);
             }
-            if (block < 0 || key >= tile.len_k || box >= kKeys >> args.box_shift) {
+            break;
+        }
+        unsigned taken = 0;
+        if (lane == 0) {
+            // Wraps to 0 after the last, ready for the next launch.
+            taken = atomicInc(reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2), num_tiles - 1);
+            make_tile(tile, a, shared.item, index % p.num_kv_heads, args.tile_tokens, Shape::kKeys,
+                      1 << args.box_shift);
+            mbarrier_arrive(tile_full);
+            mbarrier_arrive_expect_bytes(q_full, Shape::kPanels * args.tile_tokens * a.group * 128);
+#pragma unroll 1
+            for (int i = 0; i < Shape::kPanels; ++i) {
+                tma_load(shared_address(shared.q[place.slot]) + i * (Shape::kRows * 128), args.q_map, i * 64,
+                         tile.kv_head * a.group, tile.first_token, q_full);
+            }
+        }
+        index = participants + __shfl_sync(0xffffffffu, taken, 0);
+        word = item_word(index);
+    }
+}
+
+// Warps 1 to 3 take the places of K0, K1, V0, K2, V1 ... V(n - 2), V(n - 1) in turn, across tiles too. The last block
+// of keys is number 0. A lane loads a box.
+template <int D>
+__device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>& shared, int warp) {
+    using Shape = Sm90Shape<D>;
+    constexpr int kKeys = Shape::kKeys, kPanels = Shape::kPanels, kLoaders = Shape::kLoaders;
+    const AttentionMmaArgs& a = args.a;
+    const AttentionParams& p = a.p;
+    const int lane = threadIdx.x % 32, box_shift = args.box_shift;
+    const int panel = lane % kPanels, box_key = lane / kPanels << box_shift;  // this lane's box in a block
+    const bool paged = p.page_size > 0;
+    const uint32_t tail = shared_address(&shared.tail[warp - 1]);
+    uint32_t tail_parity = 0;
+
+    Place<Shape::kQSlots> tile_place;
+    Place<Shape::kSlots> place;
+    int i = warp - 1;  // of the places of a tile
+    place.advance(i);
+    for (;;) {
+        mbarrier_wait(shared_address(&shared.tile_full[tile_place.slot]), tile_place.parity);
+        const Tile& shared_tile = shared.tiles[tile_place.slot];
+        const int num_blocks = shared_tile.num_blocks, kv_head = shared_tile.kv_head, len_k = shared_tile.len_k;
+        const int begin = shared_tile.begin, seq = shared_tile.seq, k_begin = shared_tile.k_begin;
+        const bool more = shared_tile.rows > 0;
+        __syncwarp();
+        if (lane == 0) {
+            mbarrier_arrive(shared_address(&shared.q_empty[tile_place.slot]));
+        }
+        tile_place.next();
+        if (!more) {
+            break;
+        }
+        const int32_t* pages = paged ? p.page_table + seq * p.page_table_seq_stride : nullptr;
+        const auto is_v = [&](int place) { return place > 0 && (place % 2 == 0 || place == 2 * num_blocks - 1); };
+        const auto first_key = [&](int place) {  // of the block at a place
+            const int block = is_v(place) ? (place - 1) / 2 : (place + 1) / 2;
+            return begin + (num_blocks - 1 - block) * kKeys;
+        };
+        const auto look_up = [&](int place) {  // the row of this lane's box
+            const int key = first_key(place) + box_key;
+            if (!paged) {
+                return k_begin + key;
+            }
+            if (place >= 2 * num_blocks || key >= len_k || box_key >= kKeys) {
                 return 0;
             }
             return static_cast<int>(static_cast<uint32_t>(pages[(key >> a.page_shift) * p.page_table_page_stride]) *
                                         a.page_rows +
-                                    tile.kv_head * p.page_size + (key & (p.page_size - 1)));
+                                    kv_head * p.page_size + (key & (p.page_size - 1)));
         };
-        const auto load = [&](int row, int block) {
+        int row = look_up(i);
+#pragma unroll 1
+        for (; i < 2 * num_blocks; i += kLoaders) {
+            const int next_row = look_up(i + kLoaders);
+            const bool v = is_v(i);
+            const int keys = len_k - first_key(i);  // that the sequence has from here on
+            const int boxes = max(0, min(kKeys, keys + (1 << box_shift) - 1)) >> box_shift;
             const uint32_t full = shared_address(&shared.full[place.slot]);
             const uint32_t slot = shared_address(shared.ring[place.slot]);
-            const int keys = tile.len_k - (tile.begin + block * kKeys);  // that the sequence has from here on
-            const int boxes = min(kKeys >> args.box_shift, (keys + box_keys - 1) >> args.box_shift);
-            const int own_boxes = (boxes * kPanels + 1 - warp % 2) / 2;
-            const bool zeroes = loads_v && keys < kKeys;
-            const uint32_t barrier = zeroes ? shared_address(&shared.tail) : full;
+            const bool zeroes = v && keys < kKeys;
+            const uint32_t barrier = zeroes ? tail : full;
             mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
             if (lane == 0) {
-                mbarrier_arrive_expect_bytes(barrier, own_boxes * box_keys * 128);
+                mbarrier_arrive_expect_bytes(barrier, boxes * kPanels << box_shift << 7);
             }
             __syncwarp();
-            if (lane < own_boxes) {
-                tma_load(slot + destination, map, panel * 64, paged ? 0 : tile.kv_head, row, barrier);
+            if (lane < boxes * kPanels) {
+                tma_load(slot + (panel * kKeys + box_key) * 128, v ? args.v_map : args.k_map, panel * 64,
+                         paged ? 0 : kv_head, row, barrier);
             }
             if (zeroes) {
-                mbarrier_wait(barrier, tail_parity);
+                mbarrier_wait(tail, tail_parity);
                 tail_parity ^= 1;
-                for (int i = keys * 8 + warp % 2 * 32 + lane; i < kKeys * 8; i += 64) {
+#pragma unroll 1
+                for (int j = max(0, keys) * 8 + lane; j < kKeys * 8; j += 32) {
 #pragma unroll
-                    for (int j = 0; j < kPanels; ++j) {
-                        store_shared_16(slot + j * (kKeys * 128) + i * 16, make_uint4(0, 0, 0, 0));
+                    for (int column = 0; column < kPanels; ++column) {
+                        store_shared_16(slot + column * (kKeys * 128) + j * 16, make_uint4(0, 0, 0, 0));
                     }
                 }
                 fence_async_shared();
@@ -234,23 +250,10 @@ __device__ __forceinline__ void produce(const Sm90Args& args, Sm90Shared<D>& sha
                     mbarrier_arrive(full);
                 }
             }
-        };
-        // K0, K1, V0, K2, V1 ... V(n - 2), V(n - 1) have the places 0 to 2n - 1.
-        int row = look_up(tile.num_blocks - 1);
-        if (loads_v && tile.num_blocks > 0) {
-            place.advance(tile.num_blocks > 1 ? 2 : 1);
-        }
-        for (int block = tile.num_blocks - 1; block >= 0; --block) {
-            const int next_row = look_up(block - 1);
-            load(row, block);
             row = next_row;
-            const bool first = block == tile.num_blocks - 1, last = block == 0;
-            place.advance(loads_v ? (block < 2 ? 1 : 2) : first ? (last ? 2 : 1) : last ? 3 : 2);
+            place.advance(kLoaders);
         }
-        if (warp == 0) {
-            index = participants + __shfl_sync(0xffffffffu, taken, 0);
-            word = item_word(index);
-        }
+        i -= 2 * num_blocks;
     }
 }
 
@@ -315,7 +318,7 @@ __device__ __forceinline__ bool softmax(float (&s)[kCount], RowState& rows, floa
 // them that hangs on what the softmax made: sums, which are never negative.
 __device__ __forceinline__ void hold_back(const float (&sum)[2]) {
     if (__any_sync(0xffffffffu, sum[0] < 0.0f || sum[1] < 0.0f)) {
-        __trap();
+        __nanosleep(0);
     }
 }
 
@@ -335,15 +338,17 @@ __device__ __forceinline__ float* partial_row(const AttentionMmaArgs& a, const T
 }
 
 template <typename T>
-__device__ __forceinline__ T* out_row(const AttentionMmaArgs& a, const Tile& t, int row) {
-    const int token = (t.first_row + row) / a.group, head = (t.first_row + row) % a.group;
-    return static_cast<T*>(a.p.out) + (t.q_begin + token) * a.p.out_token_stride +
-           (t.kv_head * a.group + head) * a.p.out_head_stride;
+__device__ __forceinline__ T* out_row(const Sm90Args& args, const Tile& t, int row) {
+    const AttentionParams& p = args.a.p;
+    const int token = args.token_of(row), head = row - token * args.a.group;
+    return static_cast<T*>(p.out) + (t.first_token + token) * p.out_token_stride +
+           (t.kv_head * args.a.group + head) * p.out_head_stride;
 }
 
 // The parts of a split tile, added up by all consumers of the block that wrote the last of them.
 template <typename T, int D>
-__device__ void combine_if_last(const AttentionMmaArgs& a, const Tile& t, int* last) {
+__device__ void combine_if_last(const Sm90Args& args, const Tile& t, int* last) {
+    const AttentionMmaArgs& a = args.a;
     constexpr int kThreads = Sm90Shape<D>::kConsumers * 128;
     const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     __threadfence();
@@ -371,7 +376,7 @@ __device__ void combine_if_last(const AttentionMmaArgs& a, const Tile& t, int* l
             sum += exp2_approx(part.x - m) * part.y;
         }
         const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
-        T* out = out_row<T>(a, t, row);
+        T* out = out_row<T>(args, t, row);
         for (int column = lane * 4; column < D; column += 128) {
             float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             for (int s = 0; s < t.num_splits; ++s) {
@@ -388,7 +393,7 @@ __device__ void combine_if_last(const AttentionMmaArgs& a, const Tile& t, int* l
     }
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kSoftCap>
 __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& shared) {
     using Shape = Sm90Shape<D>;
     constexpr int kKeys = Shape::kKeys, kConsumers = Shape::kConsumers;
@@ -404,68 +409,75 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
     if (kConsumers > 1 && consumer == 0) {
         named_barrier_arrive(kTurnBarrier, 256);  // the first turn
     }
-    for (;;) {
-        mbarrier_wait(shared_address(&shared.q_full[q_place.slot]), q_place.parity);
-        const Tile& tile = shared.tiles[q_place.slot];  // read where it is needed: registers are scarce
-        if (tile.rows == 0) {
-            break;
+    float o[D / 2], s[kKeys / 2];
+    uint32_t weights[kKeys / 16][4];  // P
+
+    const auto q_shared = [&](int slot) { return shared_address(shared.q[slot]) + consumer * (64 * 128); };
+    const auto wait_full = [&] { mbarrier_wait(shared_address(&shared.full[place.slot]), place.parity); };
+    const auto release = [&](int slot) {
+        if (elected) {
+            mbarrier_arrive(shared_address(&shared.empty[slot]));
         }
-        if (p.page_size > 0 && tile.len_k == 0) {  // a sequence that is skipped
-            __syncwarp();
-            if (elected) {
-                mbarrier_arrive(shared_address(&shared.q_empty[q_place.slot]));
+    };
+    const auto issue_scores = [&](int q_slot) {
+        const uint32_t q = q_shared(q_slot), k = shared_address(shared.ring[place.slot]);
+#pragma unroll
+        for (int d = 0; d < D / 16; ++d) {
+            wgmma_ss<T, kKeys>(s, wgmma_k_major(q + d / 4 * (Shape::kRows * 128) + d % 4 * 32),
+                               wgmma_k_major(k + d / 4 * (kKeys * 128) + d % 4 * 32), d > 0);
+        }
+        wgmma_commit();
+    };
+    const auto issue_output = [&] {
+        const uint32_t v = shared_address(shared.ring[place.slot]);
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) {
+            wgmma_rs<T, D>(o, weights[i], wgmma_n_major(v + i * 2048, kKeys * 128), 1);
+        }
+        wgmma_commit();
+    };
+    const auto round_weights = [&] {
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                weights[i][j] = pack_pair<T>(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
             }
-            q_place.next();
-            continue;
         }
-        const uint32_t q_shared = shared_address(shared.q[q_place.slot]) + consumer * (64 * 128);
+    };
+    // Waits for the tile at q_place; false when there are no more.
+    const auto wait_tile = [&] {
+        mbarrier_wait(shared_address(&shared.q_full[q_place.slot]), q_place.parity);
+        return shared.tiles[q_place.slot].rows > 0;
+    };
+
+    wait_tile();  // a block that runs has a tile
+    wait_full();
+    wgmma_fence();
+    issue_scores(q_place.slot);
+    for (bool more = true; more;) {
+        const Tile& tile = shared.tiles[q_place.slot];  // read where it is needed: registers are scarce
+        const int q_slot = q_place.slot;
 
         // --- Where masks begin ---------------------------------------------------------------------------------------
         int row_first[2], row_last[2];  // keys [first, last) that the lane's rows see, from its first column of keys
+        int mask_from, mask_below;      // blocks at and past the causal edge or the end, and before the window's
+        {
+            const int begin = tile.begin, end = tile.end;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int position = tile.q_offset + (tile.first_row + row + half * 8) / a.group;
-            row_last[half] = (p.causal ? min(tile.end, position + 1) : tile.end) - tile.begin - quad * 2;
-            row_first[half] = (p.window > 0 ? position - p.window + 1 : 0) - tile.begin - quad * 2;
+            for (int half = 0; half < 2; ++half) {
+                const int position = tile.first_position + args.token_of(row + half * 8);
+                row_last[half] = (p.causal ? min(end, position + 1) : end) - begin - quad * 2;
+                row_first[half] = (p.window > 0 ? position - p.window + 1 : 0) - begin - quad * 2;
+            }
+            mask_from = max(0, (p.causal ? min(end, tile.first_position + 1) : end) - begin) / kKeys;
+            mask_below = p.window > 0 ? max(0, tile.last_position - p.window + kKeys - begin) / kKeys : 0;
         }
-        const int first_position = tile.q_offset + tile.first_row / a.group;
-        const int last_position = tile.q_offset + (tile.first_row + tile.rows - 1) / a.group;
-        // Blocks from mask_from on cross the causal edge or the end, those below mask_below the window's.
-        const int seen_by_all = (p.causal ? min(tile.end, first_position + 1) : tile.end) - tile.begin;
-        const int mask_from = max(0, seen_by_all) / kKeys;
-        const int mask_below = p.window > 0 ? max(0, last_position - p.window + kKeys - tile.begin) / kKeys : 0;
 
-        float o[D / 2] = {};
-        float s[kKeys / 2];
-        uint32_t weights[kKeys / 16][4];  // P
         RowState rows = {{kNegInf, kNegInf}, {0.0f, 0.0f}};
         float correction[2];
-
-        const auto issue_scores = [&] {
-            const uint32_t k_shared = shared_address(shared.ring[place.slot]);
-#pragma unroll
-            for (int d = 0; d < D / 16; ++d) {
-                wgmma_ss<T, kKeys>(s, wgmma_k_major(q_shared + d / 4 * (Shape::kRows * 128) + d % 4 * 32),
-                                   wgmma_k_major(k_shared + d / 4 * (kKeys * 128) + d % 4 * 32), d > 0);
-            }
-            wgmma_commit();
-        };
-        const auto issue_output = [&](int slot) {
-            const uint32_t v_shared = shared_address(shared.ring[slot]);
-#pragma unroll
-            for (int i = 0; i < kKeys / 16; ++i) {
-                wgmma_rs<T, D>(o, weights[i], wgmma_n_major(v_shared + i * 2048, kKeys * 128), 1);
-            }
-            wgmma_commit();
-        };
-        const auto wait_full = [&] { mbarrier_wait(shared_address(&shared.full[place.slot]), place.parity); };
-        const auto release = [&](int slot) {
-            if (elected) {
-                mbarrier_arrive(shared_address(&shared.empty[slot]));
-            }
-        };
         const auto weigh = [&](auto masked, int block) {
-            if (p.soft_cap > 0.0f) {
+            if constexpr (kSoftCap) {
                 cap_scores(s, a.tanh_exponent);
             }
             if constexpr (decltype(masked)::value) {
@@ -475,147 +487,172 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
             }
             return softmax<decltype(masked)::value>(s, rows, correction, a.exponent);
         };
-        const auto round_weights = [&] {
+
+        // --- The first block of keys, S of which is under way --------------------------------------------------------
+        int block = tile.num_blocks - 1;
+        wgmma_wait<0>();
+        wgmma_hold(s);
+        release(place.slot);
+        place.next();
+        weigh(std::true_type{}, block);
+        round_weights();
 #pragma unroll
-            for (int i = 0; i < kKeys / 16; ++i) {
+        for (int i = 0; i < D / 2; ++i) {
+            o[i] = 0.0f;
+        }
+
+        // --- S of a block, then P V of the one before ----------------------------------------------------------------
+        const auto step = [&](auto masked) {
+            wait_full();
+            if (kConsumers > 1) {
+                named_barrier_sync(kTurnBarrier + consumer, 256);
+            }
+            const int k_slot = place.slot;
+            wgmma_fence();
+            issue_scores(q_slot);
+            place.next();
+            wait_full();
+            const int v_slot = place.slot;
+            wgmma_fence();
+            issue_output();
+            place.next();
+            if (kConsumers > 1) {
+                named_barrier_arrive(kTurnBarrier + (consumer + 1 == kConsumers ? 0 : consumer + 1), 256);
+            }
+            wgmma_wait<1>();
+            wgmma_hold(s);
+            release(k_slot);
+            const bool grows = weigh(masked, block);
+            if constexpr (Shape::kHoldBack) {
+                hold_back(rows.sum);
+            }
+            wgmma_wait<0>();
+            wgmma_hold(o);
+            release(v_slot);
+            round_weights();
+            if (grows) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    weights[i][j] = pack_pair<T>(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1]);
+                for (int i = 0; i < D / 2; ++i) {
+                    o[i] *= correction[i / 2 % 2];
                 }
             }
         };
-
-        if (tile.num_blocks > 0) {
-            // --- The first block of keys -----------------------------------------------------------------------------
-            wait_full();
-            wgmma_fence();
-            issue_scores();
-            wgmma_wait<0>();
-            wgmma_hold(s);
-            release(place.slot);
-            place.next();
-            weigh(std::true_type{}, tile.num_blocks - 1);
-            round_weights();
-
-            // --- S of a block, then P V of the one before ------------------------------------------------------------
-            const auto step = [&](auto masked, int block) {
-                wait_full();
-                if (kConsumers > 1) {
-                    named_barrier_sync(kTurnBarrier + consumer, 256);
-                }
-                const int k_slot = place.slot;
-                wgmma_fence();
-                issue_scores();
-                place.next();
-                wait_full();
-                const int v_slot = place.slot;
-                wgmma_fence();
-                issue_output(v_slot);
-                place.next();
-                if (kConsumers > 1) {
-                    named_barrier_arrive(kTurnBarrier + (consumer + 1 == kConsumers ? 0 : consumer + 1), 256);
-                }
-                wgmma_wait<1>();
-                wgmma_hold(s);
-                release(k_slot);
-                const bool grows = weigh(masked, block);
-                if constexpr (Shape::kConsumers == 2) {
-                    hold_back(rows.sum);
-                }
-                wgmma_wait<0>();
-                wgmma_hold(o);
-                release(v_slot);
-                round_weights();
-                if (grows) {
-#pragma unroll
-                    for (int i = 0; i < D / 2; ++i) {
-                        o[i] *= correction[i / 2 % 2];
-                    }
-                }
-            };
-            int block = tile.num_blocks - 2;
-            for (; block >= mask_from; --block) {
-                step(std::true_type{}, block);
-            }
-            for (; block >= mask_below; --block) {
-                step(std::false_type{}, block);
-            }
-            for (; block >= 0; --block) {
-                step(std::true_type{}, block);
-            }
-
-            // --- P V of the last -------------------------------------------------------------------------------------
-            wait_full();
-            wgmma_fence();
-            issue_output(place.slot);
-            wgmma_wait<0>();
-            wgmma_hold(o);
-            release(place.slot);
-            place.next();
+        for (--block; block >= mask_from; --block) {
+            step(std::true_type{});
+        }
+        for (; block >= mask_below; --block) {
+            step(std::false_type{});
+        }
+        for (; block >= 0; --block) {
+            step(std::true_type{});
         }
 
-        // --- The output: to shared memory as wgmma and TMA would have it, then in rows of 16-byte pieces ------------
-        float scale[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 1);
-            rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 2);
-            scale[half] = rows.sum[half] > 0.0f ? 1.0f / rows.sum[half] : 0.0f;
-        }
-        if (tile.num_splits == 1) {
-            named_barrier_sync(kGroupBarrier + consumer, 128);  // no warp of the warpgroup needs its queries any more
-            const uint32_t warp_shared = q_shared + warp * (16 * 128);
-#pragma unroll
-            for (int i = 0; i < D / 16; ++i) {
-                const uint32_t address = warp_shared + i / 4 * (Shape::kRows * 128) + lane % 16 * 128 +
-                                         ((i % 4 * 2 + lane / 16) ^ lane % 8) * 16;
-                const float* x = o + i * 8;
-                stmatrix_x4(address, pack_pair<T>(x[0] * scale[0], x[1] * scale[0]),
-                            pack_pair<T>(x[2] * scale[1], x[3] * scale[1]),
-                            pack_pair<T>(x[4] * scale[0], x[5] * scale[0]),
-                            pack_pair<T>(x[6] * scale[1], x[7] * scale[1]));
-            }
-            __syncwarp();
-            constexpr int kPieces = D / 8;
-#pragma unroll
-            for (int i = 0; i < kPieces / 2; ++i) {
-                const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
-                const int tile_row = consumer * 64 + warp * 16 + r;
-                const uint4 x = load_shared_16(warp_shared + piece / 8 * (Shape::kRows * 128) + r * 128 +
-                                               ((piece % 8) ^ r % 8) * 16);
-                if (tile_row < tile.rows) {
-                    *reinterpret_cast<uint4*>(out_row<T>(a, tile, tile_row) + piece * 8) = x;
-                }
-            }
-            fence_async_shared();  // before TMA writes there again
-        } else {
+        // --- The output ----------------------------------------------------------------------------------------------
+        const auto store = [&] {
+            float scale[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (row + half * 8 < tile.rows) {
-                    float* partial = partial_row<D>(a, tile, tile.split, row + half * 8);
+                rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 1);
+                rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 2);
+                scale[half] = rows.sum[half] > 0.0f ? __fdividef(1.0f, rows.sum[half]) : 0.0f;
+            }
+            const uint32_t q_empty = shared_address(&shared.q_empty[q_slot]);
+            if (tile.num_splits == 1) {
+                // To Q's place, as wgmma and TMA would have it, then in pieces of 16 bytes along the rows.
+                named_barrier_sync(kGroupBarrier + consumer, 128);  // no warp of the warpgroup needs its queries now
+                const uint32_t warp_shared = q_shared(q_slot) + warp * (16 * 128);
 #pragma unroll
-                    for (int n = 0; n < D / 8; ++n) {
-                        *reinterpret_cast<float2*>(partial + n * 8 + quad * 2) =
-                            make_float2(o[n * 4 + half * 2], o[n * 4 + half * 2 + 1]);
-                    }
-                    if (quad == 0) {
-                        *reinterpret_cast<float2*>(partial + D) =
-                            make_float2(rows.max[half] * a.exponent, rows.sum[half]);
+                for (int i = 0; i < D / 16; ++i) {
+                    const uint32_t address = warp_shared + i / 4 * (Shape::kRows * 128) + lane % 16 * 128 +
+                                             ((i % 4 * 2 + lane / 16) ^ lane % 8) * 16;
+                    const float* x = o + i * 8;
+                    stmatrix_x4(address, pack_pair<T>(x[0] * scale[0], x[1] * scale[0]),
+                                pack_pair<T>(x[2] * scale[1], x[3] * scale[1]),
+                                pack_pair<T>(x[4] * scale[0], x[5] * scale[0]),
+                                pack_pair<T>(x[6] * scale[1], x[7] * scale[1]));
+                }
+                fence_async_shared();  // TMA writes there next
+                __syncwarp();
+                constexpr int kPieces = D / 8;
+                uint4 x[kPieces / 2];
+#pragma unroll
+                for (int i = 0; i < kPieces / 2; ++i) {
+                    const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
+                    x[i] = load_shared_16(warp_shared + piece / 8 * (Shape::kRows * 128) + r * 128 +
+                                          ((piece % 8) ^ r % 8) * 16);
+                }
+                const bool skipped = p.page_size > 0 && tile.len_k == 0;
+                const int tile_rows = skipped ? 0 : tile.rows;
+#pragma unroll
+                for (int i = 0; i < kPieces / 2; ++i) {
+                    const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
+                    const int tile_row = consumer * 64 + warp * 16 + r;
+                    if (tile_row < tile_rows) {
+                        *reinterpret_cast<uint4*>(out_row<T>(args, tile, tile_row) + piece * 8) = x[i];
                     }
                 }
+            } else {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (row + half * 8 < tile.rows) {
+                        float* partial = partial_row<D>(a, tile, tile.split, row + half * 8);
+#pragma unroll
+                        for (int n = 0; n < D / 8; ++n) {
+                            *reinterpret_cast<float2*>(partial + n * 8 + quad * 2) =
+                                make_float2(o[n * 4 + half * 2], o[n * 4 + half * 2 + 1]);
+                        }
+                        if (quad == 0) {
+                            *reinterpret_cast<float2*>(partial + D) =
+                                make_float2(rows.max[half] * a.exponent, rows.sum[half]);
+                        }
+                    }
+                }
+                combine_if_last<T, D>(args, tile, &shared.last);
             }
-            combine_if_last<T, D>(a, tile, &shared.last);
-        }
-        __syncwarp();
-        if (elected) {
-            mbarrier_arrive(shared_address(&shared.q_empty[q_place.slot]));
-        }
+            __syncwarp();
+            if (elected) {
+                mbarrier_arrive(q_empty);
+            }
+        };
+
+        // --- P V of the last block, and S of the next tile's first, under way while the output is stored -------------
+        wait_full();
+        wgmma_fence();
+        issue_output();
+        const int v_slot = place.slot;
+        place.next();
         q_place.next();
+        if constexpr (Shape::kQSlots > 1) {
+            // Past the last tile S is made of what lies there, since the compiler wants no branch around it.
+            more = wait_tile();
+            if (more) {
+                wait_full();
+            }
+            wgmma_fence();
+            issue_scores(q_place.slot);
+            wgmma_wait<1>();
+            wgmma_hold(o);
+            release(v_slot);
+            store();
+        } else {
+            wgmma_wait<0>();
+            wgmma_hold(o);
+            release(v_slot);
+            store();
+            more = wait_tile();
+            if (more) {
+                wait_full();
+            }
+            wgmma_fence();
+            issue_scores(q_place.slot);
+        }
     }
+    wgmma_wait<0>();
+    wgmma_hold(s);
 }
 
 // Warpgroup 0 is the producer (one warp of it), the others consume.
-template <typename T, int D>
+template <typename T, int D, bool kSoftCap>
 __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ Sm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -629,15 +666,17 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
         tma_prefetch_map(args.k_map);
         tma_prefetch_map(args.v_map);
         for (int i = 0; i < Shape::kSlots; ++i) {
-            mbarrier_init(shared_address(&shared.full[i]), 2);  // producer warps
+            mbarrier_init(shared_address(&shared.full[i]), 1);
             mbarrier_init(shared_address(&shared.empty[i]), Shape::kConsumers * 4);
         }
         for (int i = 0; i < Shape::kQSlots; ++i) {
             mbarrier_init(shared_address(&shared.tile_full[i]), 1);
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
-            mbarrier_init(shared_address(&shared.q_empty[i]), Shape::kConsumers * 4 + 3);
+            mbarrier_init(shared_address(&shared.q_empty[i]), Shape::kConsumers * 4 + Shape::kLoaders);
         }
-        mbarrier_init(shared_address(&shared.tail), 2);
+        for (int i = 0; i < Shape::kLoaders; ++i) {
+            mbarrier_init(shared_address(&shared.tail[i]), 1);
+        }
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -651,10 +690,15 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
     }
     if (threadIdx.x < 128) {
         give_registers<Shape::kProducerRegisters>();
-        produce<D>(args, shared, num_tiles, participants);
+        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // known to be the same for all lanes
+        if (warp == 0) {
+            produce_tiles<D>(args, shared, num_tiles, participants);
+        } else {
+            produce_keys<D>(args, shared, warp);
+        }
     } else {
         take_registers<Shape::kConsumerRegisters>();
-        consume<T, D>(args, shared);
+        consume<T, D, kSoftCap>(args, shared);
     }
 #endif
 }
@@ -663,7 +707,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
 
 template <typename T, int D>
 void attention_sm90_head(const Sm90Args& args, int num_blocks, void* stream) {
-    launch(attention_sm90_kernel<T, D>,
+    launch(args.a.p.soft_cap > 0.0f ? attention_sm90_kernel<T, D, true> : attention_sm90_kernel<T, D, false>,
            {.grid = dim3(num_blocks),
             .block = dim3(Sm90Shape<D>::kThreads),
             .shared_bytes = Sm90Shape<D>::kSharedBytes,

@@ -8,18 +8,27 @@
 namespace fastkernels {
 
 struct Sm90Args {
-    CUtensorMap q_map;  // [num_tokens, num_q_heads, D] in boxes of [tile_rows / group, group, 64]
+    CUtensorMap q_map;  // [num_tokens, num_q_heads, D] in boxes of [tile_tokens, group, 64]
     CUtensorMap k_map;  // [rows, num_kv_heads, D] in boxes of [1 << box_shift, 1, 64]; pages: [rows, 1, D]
     CUtensorMap v_map;
     AttentionMmaArgs a;
     int64_t item_offset;
-    int32_t tile_rows;
-    int32_t box_shift;  // log2 of the keys of a box, those of a page or of a block
+    int32_t tile_tokens;  // of a tile, tile_tokens * group <= 64 * consumers rows
+    float inverse_group;  // 1 / group
+    int32_t box_shift;    // log2 of the keys of a box, those of a page or of a block
+
+#ifdef __CUDACC__
+    // row / group, of a row of a tile
+    __device__ __forceinline__ int token_of(int row) const {
+        return static_cast<int>((static_cast<float>(row) + 0.5f) * inverse_group);
+    }
+#endif
 };
 
 template <int D>
 struct Sm90Shape {
     static constexpr int kConsumers = D <= 64 ? 3 : 2;  // warpgroups
+    static constexpr int kLoaders = 3;                  // warps of the producer that load K and V
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kRows = 64 * kConsumers;
     static_assert(kRows == prefill_rows_sm90(D, 1));
@@ -29,10 +38,11 @@ struct Sm90Shape {
     static constexpr int kSlotBytes = kKeys * kPanels * 128;  // a block of K or of V
     static constexpr int kQSlots = D <= 128 ? 2 : 1;
     static constexpr int kSlots = D <= 64 ? 8 : 5;
+    static constexpr bool kHoldBack = kConsumers == 2;  // see hold_back()
     static constexpr int kSharedBytes = kQSlots * kQBytes + kSlots * kSlotBytes + 1024;
     // 65,536 a block: of the consumers' share S takes kKeys / 2, O D / 2 and P kKeys / 4.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 56;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 };
 
 template <typename T, int D>
