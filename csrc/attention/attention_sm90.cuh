@@ -27,6 +27,7 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/mma.cuh"
 #include "common/ptx/pdl.cuh"
+#include "common/ptx/rcp.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 #include "common/ptx/wgmma.cuh"
@@ -122,9 +123,11 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
     const int lane = threadIdx.x % 32;
+    const auto item_of = [&](int index) { return index / p.num_kv_heads; };
+    const auto head_of = [&](int index) { return index % p.num_kv_heads; };
     const auto item_word = [&](int index) {  // a lane a word, fetched while the tile before is waited for
         const int32_t* items = p.work_map + args.item_offset;
-        return lane < kItemInts && index < num_tiles ? items[index / p.num_kv_heads * kItemInts + lane] : 0;
+        return lane < kItemInts && index < num_tiles ? items[item_of(index) * kItemInts + lane] : 0;
     };
     Place<Shape::kQSlots> place;
     int index = blockIdx.x, word = item_word(index);
@@ -149,8 +152,7 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D
         if (lane == 0) {
             // Wraps to 0 after the last, ready for the next launch.
             taken = atomicInc(reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2), num_tiles - 1);
-            make_tile(tile, a, shared.item, index % p.num_kv_heads, args.tile_tokens, Shape::kKeys,
-                      1 << args.box_shift);
+            make_tile(tile, a, shared.item, head_of(index), args.tile_tokens, Shape::kKeys, 1 << args.box_shift);
             mbarrier_arrive(tile_full);
             mbarrier_arrive_expect_bytes(q_full, Shape::kPanels * args.tile_tokens * a.group * 128);
 #pragma unroll 1
@@ -184,42 +186,35 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>
     place.advance(i);
     for (;;) {
         mbarrier_wait(shared_address(&shared.tile_full[tile_place.slot]), tile_place.parity);
-        const Tile& shared_tile = shared.tiles[tile_place.slot];
-        const int num_blocks = shared_tile.num_blocks, kv_head = shared_tile.kv_head, len_k = shared_tile.len_k;
-        const int begin = shared_tile.begin, seq = shared_tile.seq, k_begin = shared_tile.k_begin;
-        const bool more = shared_tile.rows > 0;
-        __syncwarp();
-        if (lane == 0) {
-            mbarrier_arrive(shared_address(&shared.q_empty[tile_place.slot]));
-        }
-        tile_place.next();
-        if (!more) {
+        const Tile& tile = shared.tiles[tile_place.slot];  // read where it is needed: registers are scarce
+        if (tile.rows == 0) {
             break;
         }
-        const int32_t* pages = paged ? p.page_table + seq * p.page_table_seq_stride : nullptr;
+        const int num_blocks = tile.num_blocks;
+        const int32_t* pages = paged ? p.page_table + tile.seq * p.page_table_seq_stride : nullptr;
         const auto is_v = [&](int place) { return place > 0 && (place % 2 == 0 || place == 2 * num_blocks - 1); };
         const auto first_key = [&](int place) {  // of the block at a place
             const int block = is_v(place) ? (place - 1) / 2 : (place + 1) / 2;
-            return begin + (num_blocks - 1 - block) * kKeys;
+            return tile.begin + (num_blocks - 1 - block) * kKeys;
         };
         const auto look_up = [&](int place) {  // the row of this lane's box
             const int key = first_key(place) + box_key;
             if (!paged) {
-                return k_begin + key;
+                return tile.k_begin + key;
             }
-            if (place >= 2 * num_blocks || key >= len_k || box_key >= kKeys) {
+            if (place >= 2 * num_blocks || key >= tile.len_k || box_key >= kKeys) {
                 return 0;
             }
             return static_cast<int>(static_cast<uint32_t>(pages[(key >> a.page_shift) * p.page_table_page_stride]) *
                                         a.page_rows +
-                                    kv_head * p.page_size + (key & (p.page_size - 1)));
+                                    tile.kv_head * p.page_size + (key & (p.page_size - 1)));
         };
         int row = look_up(i);
 #pragma unroll 1
         for (; i < 2 * num_blocks; i += kLoaders) {
             const int next_row = look_up(i + kLoaders);
             const bool v = is_v(i);
-            const int keys = len_k - first_key(i);  // that the sequence has from here on
+            const int keys = tile.len_k - first_key(i);  // that the sequence has from here on
             const int boxes = max(0, min(kKeys, keys + (1 << box_shift) - 1)) >> box_shift;
             const uint32_t full = shared_address(&shared.full[place.slot]);
             const uint32_t slot = shared_address(shared.ring[place.slot]);
@@ -232,7 +227,7 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>
             __syncwarp();
             if (lane < boxes * kPanels) {
                 tma_load(slot + (panel * kKeys + box_key) * 128, v ? args.v_map : args.k_map, panel * 64,
-                         paged ? 0 : kv_head, row, barrier);
+                         paged ? 0 : tile.kv_head, row, barrier);
             }
             if (zeroes) {
                 mbarrier_wait(tail, tail_parity);
@@ -254,6 +249,11 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>
             place.advance(kLoaders);
         }
         i -= 2 * num_blocks;
+        __syncwarp();
+        if (lane == 0) {
+            mbarrier_arrive(shared_address(&shared.q_empty[tile_place.slot]));
+        }
+        tile_place.next();
     }
 }
 
@@ -327,7 +327,7 @@ template <int kCount>
 __device__ __forceinline__ void cap_scores(float (&s)[kCount], float tanh_exponent) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-        s[i] = 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(s[i] * tanh_exponent));
+        s[i] = fmaf(-2.0f, rcp_approx(1.0f + exp2_approx(s[i] * tanh_exponent)), 1.0f);
     }
 }
 
@@ -554,7 +554,7 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
             for (int half = 0; half < 2; ++half) {
                 rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 1);
                 rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 2);
-                scale[half] = rows.sum[half] > 0.0f ? __fdividef(1.0f, rows.sum[half]) : 0.0f;
+                scale[half] = rows.sum[half] > 0.0f ? rcp_approx(rows.sum[half]) : 0.0f;
             }
             const uint32_t q_empty = shared_address(&shared.q_empty[q_slot]);
             if (tile.num_splits == 1) {

@@ -53,7 +53,7 @@ struct List {
 
 struct PlanArgs {
     AttentionPlanParams p;
-    int32_t group, tile_rows, target, num_counters;
+    int32_t group, tile_rows, target, num_counters, num_sms;
     int64_t most_items;  // of a list
     bool sm90;           // prefill tiles make the second list
     List lists[2];       // decode, prefill
@@ -151,6 +151,19 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
     return min(static_cast<int64_t>(done & 0xffffff), a.most_items);
 }
 
+// How many SMs the prefill items of a mixed step take at once; the decode items begin on the others, and go on wherever
+// prefill ends. A block of keys costs a prefill tile its matrix products and a decode tile the reading of the keys; an
+// SM does 5 TFLOP/s, and reads 75 GB/s while most others do not, so a decode tile costs as much as 66 rows. It is
+// counted as 50: SMs left over by prefill serve decodes, not the other way round. More than 2 / 5 would only share the
+// bandwidth.
+__device__ __forceinline__ int prefill_sms(uint64_t decode_blocks, uint64_t prefill_blocks, int tile_rows,
+                                           int num_sms) {
+    const float decode = 50.0f * static_cast<float>(decode_blocks);
+    const float prefill = static_cast<float>(tile_rows) * static_cast<float>(prefill_blocks);
+    const float share = prefill > 0.0f ? fminf(decode / (decode + prefill), 0.4f) : 0.0f;
+    return num_sms - static_cast<int>(share * static_cast<float>(num_sms));
+}
+
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs a) {
     extern __shared__ int first_tile[];
     __shared__ uint64_t scratch[kWarps];
@@ -173,10 +186,6 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     for (int i = thread; i < a.num_counters; i += kThreads) {
         a.p.work_map[kHeaderInts + i] = 0;
     }
-    if (thread == 0) {
-        a.p.work_map[2] = 0;
-        a.p.work_map[3] = 1 << 30;
-    }
     __syncthreads();
 
     uint64_t key_blocks[2] = {};
@@ -184,17 +193,26 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
         const Tile tile = find_tile(t, first_tile, a);
         key_blocks[list_of(tile.lengths, a)] += tile.key_blocks;
     }
-    for (int i = 0; i < (a.sm90 ? 2 : 1); ++i) {
-        block_exclusive_scan(key_blocks[i], &total, scratch);
+    uint64_t all_key_blocks[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (i == 1 && !a.sm90) {
+            break;
+        }
+        block_exclusive_scan(key_blocks[i], &all_key_blocks[i], scratch);
         const int64_t blocks_per_split = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
-                                             static_cast<int64_t>((total + a.target - 1) / a.target));
+                                             static_cast<int64_t>((all_key_blocks[i] + a.target - 1) / a.target));
         const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
         if (thread == 0) {
             a.p.work_map[i] = static_cast<int>(num_items);
         }
     }
-    if (thread == 0 && !a.sm90) {
-        a.p.work_map[1] = 0;
+    if (thread == 0) {
+        if (!a.sm90) {
+            a.p.work_map[1] = 0;
+        }
+        a.p.work_map[2] = 0;
+        a.p.work_map[3] = prefill_sms(all_key_blocks[0], all_key_blocks[1], a.tile_rows, a.num_sms);
     }
     pdl_launch_dependents();
 }
@@ -216,6 +234,7 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
         .tile_rows = sm90 ? prefill_rows_sm90(p.head_dim, group) : prefill_rows(p.head_dim),
         .target = static_cast<int32_t>(target),
         .num_counters = static_cast<int32_t>(num_counters(p.num_kv_heads, sms)),
+        .num_sms = sms,
         .most_items = max_items(p.num_tokens, p.num_seqs, group, p.num_kv_heads, sms),
         .sm90 = sm90,
         .lists = {{.item_offset = work_map_item_offset(p.num_kv_heads, sms),
