@@ -537,11 +537,14 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
                 }
             }
         };
-        for (--block; block >= mask_from; --block) {
-            step(std::true_type{});
-        }
-        for (; block >= mask_below; --block) {
-            step(std::false_type{});
+        --block;
+        if constexpr (!kSoftCap) {  // beside whose tanh the mask costs little
+            for (; block >= mask_from; --block) {
+                step(std::true_type{});
+            }
+            for (; block >= mask_below; --block) {
+                step(std::false_type{});
+            }
         }
         for (; block >= 0; --block) {
             step(std::true_type{});
