@@ -1,4 +1,5 @@
 // The launcher of attention_sm90: the tensor maps of q, k and v, one block an SM.
+#include <algorithm>
 #include <bit>
 
 #include "attention/attention_sm90.h"
@@ -67,11 +68,13 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
     check(rows < int64_t{1} << 31, "attention takes caches of fewer than 2^31 rows of head_dim elements, got ", rows);
     const int64_t v_rows = paged ? rows - a.page_rows / 2 : rows;
     const int kv_heads = paged ? 1 : p.num_kv_heads;
+    const void* k = rows > 0 ? p.k : p.q;  // without keys none is loaded
+    const void* v = rows > 0 ? p.v : p.q;
     const Sm90Args args{
         .q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride, p.q_token_stride,
                             a.group, tile_tokens),
-        .k_map = tensor_map(p.k, p.dtype, p.head_dim, kv_heads, rows, p.k_head_stride, p.k_token_stride, 1, box_keys),
-        .v_map = tensor_map(p.v, p.dtype, p.head_dim, kv_heads, v_rows, p.v_head_stride, p.v_token_stride, 1, box_keys),
+        .k_map = tensor_map(k, p.dtype, p.head_dim, kv_heads, rows, p.k_head_stride, p.k_token_stride, 1, box_keys),
+        .v_map = tensor_map(v, p.dtype, p.head_dim, kv_heads, v_rows, p.v_head_stride, p.v_token_stride, 1, box_keys),
         .a = a,
         .item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms),
         .tile_tokens = tile_tokens,

@@ -120,10 +120,27 @@ def test_query_that_sees_no_key_gives_zeros(device):
     assert (out[:67] == 0).all() and (out[67:] != 0).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_prefill_tiles_that_see_no_key_give_zeros(head_dim, device):
+    lengths = [(400, 30), (300, 0), (20, 20)]
+    out = check_contiguous(*random(lengths, device, head_dim=head_dim, dtype=torch.bfloat16))
+    assert (out[:370] == 0).all() and (out[370:400] != 0).all() and (out[400:700] == 0).all()
+    out = check_contiguous(*random([(300, 0)], device, head_dim=head_dim, dtype=torch.bfloat16))
+    assert (out == 0).all()
+
+
 def test_padded_rows_are_left_alone(device):
     q, k, v, cu_q, cu_k = random([(2, 9), (1, 5)], device, padding=6)
     q[3:] = float("nan")
     assert check_contiguous(q, k, v, cu_q, cu_k)[3:].isnan().all()
+
+
+def test_padded_rows_of_prefill_tiles_are_left_alone(device):
+    q, k, v, cu_q, cu_k = random(
+        [(150, 150), (37, 90)], device, padding=60, head_dim=128, dtype=torch.bfloat16
+    )
+    q[187:] = float("nan")
+    assert check_contiguous(q, k, v, cu_q, cu_k)[187:].isnan().all()
 
 
 def test_slices_of_a_merged_projection(device):
