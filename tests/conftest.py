@@ -1,5 +1,7 @@
 """Fixtures every test may use: `device` runs a test on the CPU and, where there is a GPU, on it."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -30,3 +32,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on more threads, on a machine that does other things many times so."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says why the CUDA half was skipped, once."""
+    if CUDA_REASON is not None and "skipped" in terminalreporter.stats:
+        terminalreporter.write_line(f"CUDA tests were skipped: {CUDA_REASON}")
