@@ -8,7 +8,7 @@ ARGS       ?=
 VENV  := .venv
 PY    := $(VENV)/bin/python
 BUILD := build/local
-CPP    = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CPP    = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # cmake and ninja are those of .venv, whoever calls.
@@ -27,19 +27,21 @@ test: build $(VENV)/.test  ## The tests; ARGS="tests/ops -k rope"
 	@$(PY) -m pytest $(ARGS)
 
 build: $(BUILD)/build.ninja  ## The C++ library, beside the package; builds what changed
-	@cmake --build $(BUILD)
+	@env -u MAKEFLAGS cmake --build $(BUILD)  # ninja shares the work out itself
 	@cmake --install $(BUILD) --prefix python >$(BUILD)/install.log
 
 lint: $(VENV)/.lint  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	@echo clang-format --dry-run -Werror csrc
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.lint  ## Let ruff and clang-format rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CPP)
+	@echo clang-format -i csrc
+	@$(VENV)/bin/clang-format -i $(CPP)
 
 cuda-check:  ## Compile every kernel for sm_80 and sm_90a: no GPU, no torch, only nvcc
 	@$(PYTHON) tools/cuda_check.py $(ARGS)
@@ -78,6 +80,16 @@ $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.base
 	@FASTKERNELS_SKIP_CMAKE=1 $(PY) -m pip install -q --no-build-isolation -e '.[$*]'
 	@touch $@
 
-$(BUILD)/build.ninja: $(VENV)/.base
+# Without the cache, what an earlier CMAKE_ARGS said is forgotten; objects that are still right stay.
+$(BUILD)/build.ninja: $(VENV)/.base $(BUILD)/cmake_args
+	@rm -f $(BUILD)/CMakeCache.txt
 	@cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(CMAKE_ARGS)
 	@touch $@
+
+# Changes only when CMAKE_ARGS does.
+$(BUILD)/cmake_args: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' >$@
+
+.PHONY: FORCE
+FORCE:

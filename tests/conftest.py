@@ -1,9 +1,13 @@
 """Fixtures every test may use: `device` runs a test on the CPU and, where there is a GPU, on it."""
 
+import os
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
 import fastkernels
+from fastkernels.ops import reference
 
 
 def _cuda_reason() -> str | None:
@@ -27,6 +31,34 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+def _on_the_cpu(oracle: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def call(*args: object, **options: object) -> torch.Tensor:
+        moved = [x.cpu() if isinstance(x, torch.Tensor) else x for x in args]
+        return oracle(*moved, **options).to(args[0].device)  # type: ignore[attr-defined]
+
+    return call
+
+
+if os.environ.get("FASTKERNELS_REFERENCE_ON_CPU"):  # compute-sanitizer's racecheck breaks cuBLAS's kernels
+    for _name in ("attention", "paged_attention", "linear"):
+        setattr(reference, _name, _on_the_cpu(getattr(reference, _name)))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on more threads, on a machine that does other things many times so."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says why the CUDA half was skipped, once."""
+    if CUDA_REASON is not None and "skipped" in terminalreporter.stats:
+        terminalreporter.write_line(f"CUDA tests were skipped: {CUDA_REASON}")

@@ -16,6 +16,8 @@ from fastkernels.config import ConfigError
 from fastkernels.errors import DeviceError, EngineClosedError, ModelNotFoundError, RequestError
 from tests.checkpoints import CASES, make_checkpoint, make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE = 1003
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
@@ -23,15 +25,6 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
     rng = random.Random(1000 * num_tokens + seed)
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(num_tokens)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on more threads, on a machine that does other things many times so."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import fastkernels
 from fastkernels import LLM, SamplingParams
 from tests.conftest import CUDA_REASON
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEMO = Path(fastkernels.__file__).parent / "demo"
 FIGURES = json.loads((DEMO / "heldout.json").read_text(encoding="utf-8"))
 

@@ -5,6 +5,7 @@ from fastkernels.ops.activation import gelu_mul, silu_mul
 from fastkernels.ops.attention import attention, paged_attention
 from fastkernels.ops.attention_plan import AttentionPlan, attention_plan_sizes, plan_attention
 from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
+from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
 from fastkernels.ops.kv_cache import append_kv
 from fastkernels.ops.norm import add_rms_norm, layer_norm, rms_norm
 from fastkernels.ops.rope import rope, rope_append_kv
@@ -12,6 +13,7 @@ from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, 
 
 __all__ = [
     "IN_PROMPT",
+    "LINEAR_MAX_TOKENS",
     "AttentionPlan",
     "add_rms_norm",
     "append_kv",
@@ -22,6 +24,7 @@ __all__ = [
     "gather_rows",
     "gelu_mul",
     "layer_norm",
+    "linear",
     "paged_attention",
     "penalize",
     "plan_attention",
