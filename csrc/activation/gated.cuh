@@ -31,8 +31,8 @@ template <typename Activation, typename T, int kVec>
 __global__ void __launch_bounds__(kGatedMaxThreads) gated_kernel(const GatedParams p, unsigned blocks_per_token) {
     const int64_t token = blockIdx.x / blocks_per_token;
     const int64_t at = (static_cast<int64_t>(blockIdx.x % blocks_per_token) * blockDim.x + threadIdx.x) * kVec;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (at >= p.size) {
         return;
     }

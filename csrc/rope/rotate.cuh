@@ -3,24 +3,27 @@
 //   q, q_out  [num_tokens, num_q_heads, head_dim]      k, v, k_out  [num_tokens, num_kv_heads, head_dim]
 //   cos_sin   [max_position, rotary_dim] fp32          kv_cache     [num_pages, 2, num_kv_heads, page_size, head_dim]
 //
-// A thread owns one unit: kVec pairs of a head of q or k (two 16-byte pieces; one pair where the addresses or sizes are
-// odd), or kVec elements of what is copied (the rest of a head past rotary_dim, and v). A token's units are spread over
-// as many blocks as they fill, so that one token of 32 + 8 heads already has several. The pairs turn in fp32 and round
-// once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim * sizeof(T), and rotary_dim * 4 of
-// cos_sin, which its heads share in L1.
+// A unit is kVec pairs of a head, two 16-byte pieces. Where whole heads turn (rotary_dim is head_dim) and addresses are
+// even, rope_heads_kernel: a thread owns the same unit of kHeads heads of q, k and v, which share its cosines, and
+// loads all of them before the first use; v's pass as they are. Otherwise rope_kernel: a thread owns one unit of q or k
+// (one pair where the addresses or sizes are odd), or kVec elements of what is copied (the rest of a head past
+// rotary_dim, and v). The pairs turn in fp32 and round once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with
+// v) * head_dim * sizeof(T), and rotary_dim * 4 of cos_sin.
 #pragma once
 
 #include <algorithm>
 
+#include "common/convert.cuh"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
-#include "common/vec.cuh"
 #include "fastkernels/kv_cache.h"
 #include "fastkernels/rope.h"
 
 namespace fastkernels {
 
 inline constexpr int kRopeThreads = 128;
+inline constexpr int kRopeHeads = 4;          // of a thread of rope_heads_kernel
+inline constexpr int kRopeManyTokens = 1024;  // from here on; for fewer a thread has one head
 
 template <int kVec>
 __device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) {
@@ -41,35 +44,94 @@ __device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) 
     }
 }
 
-// y = x turned, of the pairs [unit * kVec, (unit + 1) * kVec) of a head; y may be x.
+// The pairs of two pieces turned: pairs (first[i], second[i]), or interleaved, 2 kVec elements in a row.
 template <typename T, int kVec, bool kInterleaved>
-__device__ __forceinline__ void rotate_unit(const T* x, T* y, const float* cos_sin, int half, int unit) {
-    // The two pieces: pairs (first[i], second[i]), or interleaved (2 kVec elements in a row).
-    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
-    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
-    const auto first = load_vec<kVec>(x + first_at), second = load_vec<kVec>(x + second_at);
-    float cosine[kVec], sine[kVec], in[2 * kVec], turned[2 * kVec];
-    load_floats(cos_sin + unit * kVec, cosine);
-    load_floats(cos_sin + half + unit * kVec, sine);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        in[i] = to_float(first[i]);
-        in[kVec + i] = to_float(second[i]);
-    }
+__device__ __forceinline__ void turn(Vec<T, kVec>& first, Vec<T, kVec>& second, const float (&cosine)[kVec],
+                                     const float (&sine)[kVec]) {
+    float in[2][kVec], turned[2][kVec];
+    to_floats(first, in[0]);
+    to_floats(second, in[1]);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
         const int a = kInterleaved ? 2 * i : i, b = kInterleaved ? 2 * i + 1 : kVec + i;
-        turned[a] = fmaf(in[a], cosine[i], -(in[b] * sine[i]));
-        turned[b] = fmaf(in[b], cosine[i], in[a] * sine[i]);
+        const float x = in[a / kVec][a % kVec], y = in[b / kVec][b % kVec];
+        turned[a / kVec][a % kVec] = fmaf(x, cosine[i], -(y * sine[i]));
+        turned[b / kVec][b % kVec] = fmaf(y, cosine[i], x * sine[i]);
     }
-    Vec<T, kVec> first_out, second_out;
+    first = from_floats<T>(turned[0]);
+    second = from_floats<T>(turned[1]);
+}
+
+__device__ __forceinline__ const float* cos_sin_row(const RopeParams& p, int64_t token) {
+    int64_t position = p.position_dtype == DType::i32 ? static_cast<const int32_t*>(p.positions)[token]
+                                                      : static_cast<const int64_t*>(p.positions)[token];
+    position = position < 0 ? 0 : position >= p.max_position ? p.max_position - 1 : position;
+    return p.cos_sin + position * p.rotary_dim;
+}
+
+template <typename T, int kVec, bool kInterleaved, bool kAppend, int kHeads>
+__global__ void __launch_bounds__(kRopeThreads)
+    rope_heads_kernel(const RopeParams p, unsigned blocks_per_token, int head_stride) {
+    // Thread i of a token owns unit i % units of the heads i / units, i / units + head_stride, ...
+    const unsigned token = blockIdx.x / blocks_per_token;
+    const int i = (blockIdx.x - token * blocks_per_token) * blockDim.x + threadIdx.x;
+    const int half = p.head_dim / 2, units = half / kVec;
+    const int first_head = i / units, unit = i - first_head * units;
+    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
+    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
+    const int k_heads_end = p.num_q_heads + p.num_kv_heads, heads_end = k_heads_end + (kAppend ? p.num_kv_heads : 0);
+    pdl_launch_dependents();
+    pdl_wait();
+    if (first_head >= head_stride) {
+        return;
+    }
+
+    const float* cos_sin = cos_sin_row(p, token);
+    const int64_t slot = kAppend ? p.slot_mapping[token] : 0;
+    Vec<T, kVec> first[kHeads], second[kHeads];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        first_out[i] = from_float<T>(turned[i]);
-        second_out[i] = from_float<T>(turned[kVec + i]);
+    for (int j = 0; j < kHeads; ++j) {
+        const int head = first_head + j * head_stride;
+        const T* from;
+        if (head < p.num_q_heads) {
+            from = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
+        } else if (head < k_heads_end) {
+            from = static_cast<const T*>(p.k) + token * p.k_token_stride + (head - p.num_q_heads) * p.k_head_stride;
+        } else if (kAppend && head < heads_end) {
+            from = static_cast<const T*>(p.v) + token * p.v_token_stride + (head - k_heads_end) * p.v_head_stride;
+        } else {
+            continue;
+        }
+        first[j] = load_once<kVec>(from + first_at);
+        second[j] = load_once<kVec>(from + second_at);
     }
-    store_vec(y + first_at, first_out);
-    store_vec(y + second_at, second_out);
+    float cosine[kVec], sine[kVec];
+    load_floats(cos_sin + unit * kVec, cosine);
+    load_floats(cos_sin + half + unit * kVec, sine);
+#pragma unroll
+    for (int j = 0; j < kHeads; ++j) {
+        const int head = first_head + j * head_stride;
+        T* to;
+        if (head < k_heads_end) {
+            turn<T, kVec, kInterleaved>(first[j], second[j], cosine, sine);
+        }
+        if (head < p.num_q_heads) {
+            to = static_cast<T*>(p.q_out) + token * p.q_out_token_stride + head * p.q_out_head_stride;
+        } else if (head >= heads_end) {
+            continue;
+        } else if (kAppend) {
+            if (slot < 0 || slot >= p.num_pages * p.page_size) {
+                continue;
+            }
+            const bool is_v = head >= k_heads_end;
+            to = static_cast<T*>(p.kv_cache) + kv_cache_offset(slot, is_v, head - (is_v ? k_heads_end : p.num_q_heads),
+                                                               p.num_kv_heads, p.page_size, p.head_dim);
+        } else {
+            to = static_cast<T*>(p.k_out) + token * p.k_out_token_stride + (head - p.num_q_heads) * p.k_out_head_stride;
+        }
+        store_vec(to + first_at, first[j]);
+        store_vec(to + second_at, second[j]);
+    }
 }
 
 template <typename T, int kVec, bool kInterleaved, bool kAppend>
@@ -80,8 +142,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const RopeParams p, 
     const int units_per_head = rotated_units + (p.head_dim - p.rotary_dim) / kVec;
     const int q_units = p.num_q_heads * units_per_head, k_units = p.num_kv_heads * units_per_head;
     const int v_units_per_head = p.head_dim / kVec;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     // Which head this unit is of, where from, where to.
     const T* from;
@@ -124,10 +186,16 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const RopeParams p, 
         store_vec(to + at, load_vec<kVec>(from + at));
         return;
     }
-    int64_t position = p.position_dtype == DType::i32 ? static_cast<const int32_t*>(p.positions)[token]
-                                                      : static_cast<const int64_t*>(p.positions)[token];
-    position = position < 0 ? 0 : position >= p.max_position ? p.max_position - 1 : position;
-    rotate_unit<T, kVec, kInterleaved>(from, to, p.cos_sin + position * p.rotary_dim, half, unit);
+    const float* cos_sin = cos_sin_row(p, token);
+    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
+    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
+    auto first = load_vec<kVec>(from + first_at), second = load_vec<kVec>(from + second_at);
+    float cosine[kVec], sine[kVec];
+    load_floats(cos_sin + unit * kVec, cosine);
+    load_floats(cos_sin + half + unit * kVec, sine);
+    turn<T, kVec, kInterleaved>(first, second, cosine, sine);
+    store_vec(to + first_at, first);
+    store_vec(to + second_at, second);
 }
 
 template <bool kAppend>
@@ -148,11 +216,34 @@ void launch_rope(const RopeParams& p, void* stream) {
                     .pdl = true},
                    stream, p, blocks_per_token);
         };
-        const auto run_layout = [&]<int kVec>() {
-            if (p.interleaved) {
-                run.template operator()<kVec, true>();
+        const auto run_heads = [&]<int kVec, bool kInterleaved, int kHeads>() {
+            const int heads = p.num_q_heads + (kAppend ? 2 : 1) * p.num_kv_heads;
+            const int head_stride = (heads + kHeads - 1) / kHeads;
+            const int units = head_stride * (p.head_dim / 2 / kVec);
+            const int threads = std::min(kRopeThreads, (units + 31) / 32 * 32);
+            const auto blocks_per_token = static_cast<unsigned>((units + threads - 1) / threads);
+            launch(rope_heads_kernel<T, kVec, kInterleaved, kAppend, kHeads>,
+                   {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token),
+                    .block = dim3(static_cast<unsigned>(threads)),
+                    .pdl = true},
+                   stream, p, blocks_per_token, head_stride);
+        };
+        const auto run_layout = [&]<int kVec, bool kInterleaved>() {
+            if constexpr (kVec == 1) {
+                run.template operator()<kVec, kInterleaved>();
+            } else if (p.rotary_dim != p.head_dim) {
+                run.template operator()<kVec, kInterleaved>();
+            } else if (p.num_tokens < kRopeManyTokens) {
+                run_heads.template operator()<kVec, kInterleaved, 1>();
             } else {
-                run.template operator()<kVec, false>();
+                run_heads.template operator()<kVec, kInterleaved, kRopeHeads>();
+            }
+        };
+        const auto run_width = [&]<int kVec>() {
+            if (p.interleaved) {
+                run_layout.template operator()<kVec, true>();
+            } else {
+                run_layout.template operator()<kVec, false>();
             }
         };
         constexpr int kWide = kVecElements<T>;
@@ -164,9 +255,9 @@ void launch_rope(const RopeParams& p, void* stream) {
                              p.v_token_stride | p.v_head_stride | p.q_out_token_stride | p.q_out_head_stride |
                              p.k_out_token_stride | p.k_out_head_stride | p.head_dim | (p.rotary_dim / 2);
         if (address % 16 == 0 && strides % kWide == 0) {
-            run_layout.template operator()<kWide>();
+            run_width.template operator()<kWide>();
         } else {
-            run_layout.template operator()<1>();
+            run_width.template operator()<1>();
         }
     });
 }
