@@ -10,7 +10,7 @@
 
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
-#include "common/vec.cuh"
+#include "common/quantize_rows.cuh"
 #include "fastkernels/activation.h"
 
 namespace fastkernels {
@@ -71,6 +71,34 @@ void launch_gated(const GatedParams& p, void* stream) {
         } else {
             run.template operator()<1>();
         }
+    });
+}
+
+// Where the rows of the *_quant ops come from.
+template <typename Activation, typename T>
+struct GatedSource {
+    const T* x;
+    int64_t token_stride, size;
+
+    template <int kVec>
+    __device__ __forceinline__ void load(unsigned token, int at, float (&y)[kVec]) const {
+        const T* gate = x + token * token_stride + at;
+        float up[kVec];
+        to_floats(load_vec<kVec>(gate), y);
+        to_floats(load_vec<kVec>(gate + size), up);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            y[i] = Activation::template apply<T>(y[i]) * up[i];
+        }
+    }
+};
+
+template <typename Activation>
+void launch_gated_quant(const char* op, const GatedParams& p, void* stream) {
+    visit_float(p.dtype, [&]<typename T>() {
+        launch_quantize<T>(op, GatedSource<Activation, T>{static_cast<const T*>(p.x), p.x_token_stride, p.size},
+                           reinterpret_cast<uintptr_t>(p.x), p.x_token_stride,
+                           {p.out, p.out_token_stride, p.num_tokens, p.size, p.bytes}, stream);
     });
 }
 

@@ -43,4 +43,12 @@ void gelu_mul_cuda(const GatedParams& p, void* stream) {
     }
 }
 
+void gelu_mul_quant_cuda(const GatedParams& p, void* stream) {
+    if (p.approximate_tanh) {
+        launch_gated_quant<GeluTanh>("gelu_mul_quant", p, stream);
+    } else {
+        launch_gated_quant<GeluErf>("gelu_mul_quant", p, stream);
+    }
+}
+
 }  // namespace fastkernels

@@ -3,12 +3,12 @@
 //   q, q_out  [num_tokens, num_q_heads, head_dim]      k, v, k_out  [num_tokens, num_kv_heads, head_dim]
 //   cos_sin   [max_position, rotary_dim] fp32          kv_cache     [num_pages, 2, num_kv_heads, page_size, head_dim]
 //
-// A unit is kVec pairs of a head, two 16-byte pieces. Where whole heads turn (rotary_dim is head_dim) and addresses are
-// even, rope_heads_kernel: a thread owns the same unit of kHeads heads of q, k and v, which share its cosines, and
-// loads all of them before the first use; v's pass as they are. Otherwise rope_kernel: a thread owns one unit of q or k
-// (one pair where the addresses or sizes are odd), or kVec elements of what is copied (the rest of a head past
-// rotary_dim, and v). The pairs turn in fp32 and round once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with
-// v) * head_dim * sizeof(T), and rotary_dim * 4 of cos_sin.
+// A thread owns one unit: kVec pairs of a head of q or k (two 16-byte pieces; one pair where the addresses or sizes are
+// odd), or kVec elements of what is copied. Where whole heads turn (rotary_dim is head_dim) and addresses are even,
+// rope_heads_kernel, in which two pieces of v are a unit too; otherwise rope_kernel. A token's units are spread over as
+// many blocks as they fill: many small blocks keep memory busier than fewer that do more. The pairs turn in fp32 and
+// round once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim * sizeof(T), and rotary_dim * 4
+// of cos_sin, which its heads share in L1.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,7 @@
 
 namespace fastkernels {
 
-inline constexpr int kRopeThreads = 128;
-inline constexpr int kRopeHeads = 4;          // of a thread of rope_heads_kernel
-inline constexpr int kRopeManyTokens = 1024;  // from here on; for fewer a thread has one head
+inline constexpr int kRopeThreads = 256;
 
 template <int kVec>
 __device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) {
@@ -69,69 +67,61 @@ __device__ __forceinline__ const float* cos_sin_row(const RopeParams& p, int64_t
     return p.cos_sin + position * p.rotary_dim;
 }
 
-template <typename T, int kVec, bool kInterleaved, bool kAppend, int kHeads>
-__global__ void __launch_bounds__(kRopeThreads)
-    rope_heads_kernel(const RopeParams p, unsigned blocks_per_token, int head_stride) {
-    // Thread i of a token owns unit i % units of the heads i / units, i / units + head_stride, ...
+template <typename T, int kVec, bool kInterleaved, bool kAppend>
+__global__ void __launch_bounds__(kRopeThreads) rope_heads_kernel(const RopeParams p, unsigned blocks_per_token) {
+    // Thread i of a token owns unit i % units of head i / units.
     const unsigned token = blockIdx.x / blocks_per_token;
-    const int i = (blockIdx.x - token * blocks_per_token) * blockDim.x + threadIdx.x;
+    const unsigned i = (blockIdx.x - token * blocks_per_token) * blockDim.x + threadIdx.x;
     const int half = p.head_dim / 2, units = half / kVec;
-    const int first_head = i / units, unit = i - first_head * units;
+    const int head = static_cast<int>(i / static_cast<unsigned>(units)), unit = static_cast<int>(i) - head * units;
     const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
     const int second_at = kInterleaved ? first_at + kVec : half + first_at;
-    const int k_heads_end = p.num_q_heads + p.num_kv_heads, heads_end = k_heads_end + (kAppend ? p.num_kv_heads : 0);
-    pdl_launch_dependents();
-    pdl_wait();
-    if (first_head >= head_stride) {
+    const int k_heads_end = p.num_q_heads + p.num_kv_heads;
+    if (head >= k_heads_end + (kAppend ? p.num_kv_heads : 0)) {
         return;
     }
-
+    // From where to where; slot_at, which a kernel before this one may write, is still to come.
+    const bool is_q = head < p.num_q_heads, is_v = kAppend && head >= k_heads_end;
+    const T* from;
+    T* to;
+    if (is_q) {
+        from = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride + first_at;
+        to = static_cast<T*>(p.q_out) + token * p.q_out_token_stride + head * p.q_out_head_stride + first_at;
+    } else {
+        const int kv_head = head - (is_v ? k_heads_end : p.num_q_heads);
+        from = static_cast<const T*>(is_v ? p.v : p.k) + token * (is_v ? p.v_token_stride : p.k_token_stride) +
+               kv_head * (is_v ? p.v_head_stride : p.k_head_stride) + first_at;
+        if constexpr (kAppend) {
+            to = static_cast<T*>(p.kv_cache) + (int64_t{is_v} * p.num_kv_heads + kv_head) * p.page_size * p.head_dim +
+                 first_at;
+        } else {
+            to = static_cast<T*>(p.k_out) + token * p.k_out_token_stride + kv_head * p.k_out_head_stride + first_at;
+        }
+    }
+    pdl_launch_dependents();
+    pdl_wait();
+    Vec<T, kVec> first = load_once<kVec>(from), second = load_once<kVec>(from + second_at - first_at);
     const float* cos_sin = cos_sin_row(p, token);
-    const int64_t slot = kAppend ? p.slot_mapping[token] : 0;
-    Vec<T, kVec> first[kHeads], second[kHeads];
-#pragma unroll
-    for (int j = 0; j < kHeads; ++j) {
-        const int head = first_head + j * head_stride;
-        const T* from;
-        if (head < p.num_q_heads) {
-            from = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
-        } else if (head < k_heads_end) {
-            from = static_cast<const T*>(p.k) + token * p.k_token_stride + (head - p.num_q_heads) * p.k_head_stride;
-        } else if (kAppend && head < heads_end) {
-            from = static_cast<const T*>(p.v) + token * p.v_token_stride + (head - k_heads_end) * p.v_head_stride;
-        } else {
-            continue;
-        }
-        first[j] = load_once<kVec>(from + first_at);
-        second[j] = load_once<kVec>(from + second_at);
-    }
-    float cosine[kVec], sine[kVec];
-    load_floats(cos_sin + unit * kVec, cosine);
-    load_floats(cos_sin + half + unit * kVec, sine);
-#pragma unroll
-    for (int j = 0; j < kHeads; ++j) {
-        const int head = first_head + j * head_stride;
-        T* to;
-        if (head < k_heads_end) {
-            turn<T, kVec, kInterleaved>(first[j], second[j], cosine, sine);
-        }
-        if (head < p.num_q_heads) {
-            to = static_cast<T*>(p.q_out) + token * p.q_out_token_stride + head * p.q_out_head_stride;
-        } else if (head >= heads_end) {
-            continue;
-        } else if (kAppend) {
+    int64_t slot_at = 0;
+    if constexpr (kAppend) {
+        if (!is_q) {
+            const int64_t slot = p.slot_mapping[token];
             if (slot < 0 || slot >= p.num_pages * p.page_size) {
-                continue;
+                return;
             }
-            const bool is_v = head >= k_heads_end;
-            to = static_cast<T*>(p.kv_cache) + kv_cache_offset(slot, is_v, head - (is_v ? k_heads_end : p.num_q_heads),
-                                                               p.num_kv_heads, p.page_size, p.head_dim);
-        } else {
-            to = static_cast<T*>(p.k_out) + token * p.k_out_token_stride + (head - p.num_q_heads) * p.k_out_head_stride;
+            const int64_t page =
+                slot >> 32 == 0 ? static_cast<unsigned>(slot) / static_cast<unsigned>(p.page_size) : slot / p.page_size;
+            slot_at = page * 2 * p.num_kv_heads * p.page_size * p.head_dim + (slot - page * p.page_size) * p.head_dim;
         }
-        store_vec(to + first_at, first[j]);
-        store_vec(to + second_at, second[j]);
     }
+    if (head < k_heads_end) {
+        float cosine[kVec], sine[kVec];
+        load_floats(cos_sin + unit * kVec, cosine);
+        load_floats(cos_sin + half + unit * kVec, sine);
+        turn<T, kVec, kInterleaved>(first, second, cosine, sine);
+    }
+    store_vec(to + slot_at, first);
+    store_vec(to + slot_at + second_at - first_at, second);
 }
 
 template <typename T, int kVec, bool kInterleaved, bool kAppend>
@@ -216,27 +206,23 @@ void launch_rope(const RopeParams& p, void* stream) {
                     .pdl = true},
                    stream, p, blocks_per_token);
         };
-        const auto run_heads = [&]<int kVec, bool kInterleaved, int kHeads>() {
-            const int heads = p.num_q_heads + (kAppend ? 2 : 1) * p.num_kv_heads;
-            const int head_stride = (heads + kHeads - 1) / kHeads;
-            const int units = head_stride * (p.head_dim / 2 / kVec);
-            const int threads = std::min(kRopeThreads, (units + 31) / 32 * 32);
-            const auto blocks_per_token = static_cast<unsigned>((units + threads - 1) / threads);
-            launch(rope_heads_kernel<T, kVec, kInterleaved, kAppend, kHeads>,
+        const auto run_heads = [&]<int kVec, bool kInterleaved>() {
+            const int units = (p.num_q_heads + (kAppend ? 2 : 1) * p.num_kv_heads) * (p.head_dim / 2 / kVec);
+            const auto blocks_per_token = static_cast<unsigned>((units + kRopeThreads - 1) / kRopeThreads);
+            const unsigned threads = (units + blocks_per_token - 1) / blocks_per_token;
+            launch(rope_heads_kernel<T, kVec, kInterleaved, kAppend>,
                    {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token),
-                    .block = dim3(static_cast<unsigned>(threads)),
+                    .block = dim3(threads),
                     .pdl = true},
-                   stream, p, blocks_per_token, head_stride);
+                   stream, p, blocks_per_token);
         };
         const auto run_layout = [&]<int kVec, bool kInterleaved>() {
             if constexpr (kVec == 1) {
                 run.template operator()<kVec, kInterleaved>();
             } else if (p.rotary_dim != p.head_dim) {
                 run.template operator()<kVec, kInterleaved>();
-            } else if (p.num_tokens < kRopeManyTokens) {
-                run_heads.template operator()<kVec, kInterleaved, 1>();
             } else {
-                run_heads.template operator()<kVec, kInterleaved, kRopeHeads>();
+                run_heads.template operator()<kVec, kInterleaved>();
             }
         };
         const auto run_width = [&]<int kVec>() {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "common/byte_scales.h"
 #include "common/dtype.h"
-#include "fastkernels/quant.h"
 
 namespace fastkernels {
 
