@@ -1,4 +1,4 @@
-"""silu_mul and gelu_mul."""
+"""silu_mul and gelu_mul, silu_mul with a quantised result, and quantize alone."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[C
         for num_tokens in shapes.tokens:
             size = (num_tokens, shapes.intermediate_size)
             yield _case(name, ours, plain, by_vllm, size, shapes.dtype, device, compile_peers)
+    for name in ("silu_mul_quant", "quantize"):
+        for per in ("token", "block"):
+            for num_tokens in shapes.tokens:
+                yield _quant_case(name, per, (num_tokens, shapes.intermediate_size), shapes.dtype, device)
 
 
 def _case(name, ours, plain, by_vllm, size, dtype, device, compile_peers) -> Case:
@@ -60,4 +64,40 @@ def _case(name, ours, plain, by_vllm, size, dtype, device, compile_peers) -> Cas
         expect=lambda i: plain(i.x.float()),
         num_bytes=3 * num_tokens * width * dtype.itemsize,
         peers=peers,
+    )
+
+
+def _quant_case(name: str, per: str, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
+    """Fp8."""
+    num_tokens, width = size
+    gated = name == "silu_mul_quant"
+    op = ops.silu_mul_quant if gated else ops.quantize
+
+    def make() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.randn(num_tokens, (2 if gated else 1) * width, dtype=dtype, device=device)
+        out = torch.empty(num_tokens, width, dtype=torch.float8_e4m3fn, device=device)
+        shape = (num_tokens,) if per == "token" else (num_tokens, width // 128)
+        return x, out, torch.empty(shape, device=device)
+
+    def ours(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
+        x, out, scales = given
+        return lambda: op(x, per=per, scales=scales, out=out)
+
+    def expect(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = given[0].float()
+        return reference.quantize(reference.silu_mul(x) if gated else x, per)
+
+    def by_torch(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
+        x, out, scales = given
+        return lambda: ops.quantize(reference.silu_mul(x), per=per, scales=scales, out=out)
+
+    return Case(
+        name,
+        f"per {per}, {tokens_label(num_tokens)}",
+        dtype,
+        make=make,
+        ours=ours,
+        expect=expect,
+        num_bytes=num_tokens * width * ((2 if gated else 1) * dtype.itemsize + 1),
+        peers={"torch eager, our quantize": by_torch} if gated else {},
     )

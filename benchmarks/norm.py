@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm and layer_norm."""
+"""rms_norm, add_rms_norm and layer_norm, and the first two with a quantised result."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[C
     for make_case in (_rms_norm, _add_rms_norm, _layer_norm):
         for num_tokens in shapes.tokens:
             yield make_case(num_tokens, shapes.hidden_size, shapes.dtype, device, compile_peers)
+    for per in ("tensor", "token", "block"):
+        for num_tokens in shapes.tokens:
+            yield _rms_norm_quant(num_tokens, shapes.hidden_size, shapes.dtype, device, per, add=False)
+    for num_tokens in shapes.tokens:
+        yield _rms_norm_quant(num_tokens, shapes.hidden_size, shapes.dtype, device, "token", add=True)
 
 
 def _make(num_tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -126,4 +131,51 @@ def _layer_norm(
         expect=lambda i: reference.layer_norm(i.x.float(), i.weight.float(), i.bias.float(), EPS),
         num_bytes=(2 * num_tokens + 2) * size * dtype.itemsize,
         peers=peers,
+    )
+
+
+def _rms_norm_quant(
+    num_tokens: int, size: int, dtype: torch.dtype, device: torch.device, per: str, *, add: bool
+) -> Case:
+    """Fp8; the peer is torch's norm and our quantize."""
+
+    def make() -> tuple[Inputs, torch.Tensor, torch.Tensor]:
+        i = _make(num_tokens, size, dtype, device)
+        out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=device)
+        shape = {"tensor": (1,), "token": (num_tokens,), "block": (num_tokens, size // 128)}[per]
+        return i, out, torch.full(shape, 0.02, device=device)
+
+    def ours(given: tuple[Inputs, torch.Tensor, torch.Tensor]):
+        i, out, scales = given
+        if add:
+            return lambda: ops.add_rms_norm_quant(
+                i.x, i.residual, i.weight, EPS, per=per, scales=scales, out=out
+            )
+        return lambda: ops.rms_norm_quant(i.x, i.weight, EPS, per=per, scales=scales, out=out)
+
+    def by_torch(given: tuple[Inputs, torch.Tensor, torch.Tensor]):
+        i, out, scales = given
+
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            x = i.residual.add_(i.x) if add else i.x
+            return ops.quantize(F.rms_norm(x, (size,), i.weight, EPS), per=per, scales=scales, out=out)
+
+        return call
+
+    def expect(given: tuple[Inputs, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        i, _, scales = given
+        x = i.residual.float() + i.x.float() if add else i.x.float()
+        y = reference.rms_norm(x, i.weight.float(), EPS)
+        return reference.quantize(y, per, scales if per == "tensor" else None)
+
+    elements = num_tokens * size
+    return Case(
+        "add_rms_norm_quant" if add else "rms_norm_quant",
+        f"per {per}, {tokens_label(num_tokens)}",
+        dtype,
+        make=make,
+        ours=ours,
+        expect=expect,
+        num_bytes=elements * ((3 if add else 1) * dtype.itemsize + 1) + size * dtype.itemsize,
+        peers={"torch norm, our quantize": by_torch},
     )

@@ -10,7 +10,7 @@
 
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
-#include "common/vec.cuh"
+#include "common/quantize_rows.cuh"
 #include "fastkernels/activation.h"
 
 namespace fastkernels {
@@ -31,8 +31,8 @@ template <typename Activation, typename T, int kVec>
 __global__ void __launch_bounds__(kGatedMaxThreads) gated_kernel(const GatedParams p, unsigned blocks_per_token) {
     const int64_t token = blockIdx.x / blocks_per_token;
     const int64_t at = (static_cast<int64_t>(blockIdx.x % blocks_per_token) * blockDim.x + threadIdx.x) * kVec;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (at >= p.size) {
         return;
     }
@@ -71,6 +71,34 @@ void launch_gated(const GatedParams& p, void* stream) {
         } else {
             run.template operator()<1>();
         }
+    });
+}
+
+// Where the rows of the *_quant ops come from.
+template <typename Activation, typename T>
+struct GatedSource {
+    const T* x;
+    int64_t token_stride, size;
+
+    template <int kVec>
+    __device__ __forceinline__ void load(unsigned token, int at, float (&y)[kVec]) const {
+        const T* gate = x + token * token_stride + at;
+        float up[kVec];
+        to_floats(load_vec<kVec>(gate), y);
+        to_floats(load_vec<kVec>(gate + size), up);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            y[i] = Activation::template apply<T>(y[i]) * up[i];
+        }
+    }
+};
+
+template <typename Activation>
+void launch_gated_quant(const char* op, const GatedParams& p, void* stream) {
+    visit_float(p.dtype, [&]<typename T>() {
+        launch_quantize<T>(op, GatedSource<Activation, T>{static_cast<const T*>(p.x), p.x_token_stride, p.size},
+                           reinterpret_cast<uintptr_t>(p.x), p.x_token_stride,
+                           {p.out, p.out_token_stride, p.num_tokens, p.size, p.bytes}, stream);
     });
 }
 

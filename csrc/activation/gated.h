@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common/cpu/dtype.h"
 #include "common/cpu/math.h"
 #include "common/cpu/parallel.h"
+#include "common/cpu/quantize_row.h"
 #include "fastkernels/activation.h"
 
 namespace fastkernels::cpu::FK_ISA {
@@ -26,6 +28,24 @@ void gated(const GatedParams& p, const F& f) {
             for (int64_t i = 0; i < count; ++i) {
                 out[i] = from_float<T>(f(to_float(gate[i])) * to_float(up[i]));
             }
+        });
+    });
+}
+
+// The same to bytes with scales. A task owns one token.
+template <typename F>
+void gated_quant(const GatedParams& p, const F& f) {
+    visit_float(p.dtype, [&]<typename T>() {
+        parallel_for(p.num_tokens, 1 + 8192 / (p.size + 1), [&](int64_t token) {
+            const T* gate = static_cast<const T*>(p.x) + token * p.x_token_stride;
+            const T* up = gate + p.size;
+            std::vector<float> row(p.size);
+            float* y = row.data();
+#pragma omp simd
+            for (int64_t i = 0; i < p.size; ++i) {
+                y[i] = f(to_float(gate[i])) * to_float(up[i]);
+            }
+            quantize_row(y, static_cast<uint8_t*>(p.out) + token * p.out_token_stride, p.size, token, p.bytes);
         });
     });
 }

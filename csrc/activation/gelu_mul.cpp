@@ -13,6 +13,15 @@ void gelu_mul_cpu(const GatedParams& p) {
     }
 }
 
+void gelu_mul_quant_cpu(const GatedParams& p) {
+    if (p.approximate_tanh) {
+        gated_quant(p, [](float x) { return x / (1.0f + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); });
+    } else {
+        gated_quant(p, [](float x) { return x * fast_normal_cdf(x); });
+    }
+}
+
 }  // namespace fastkernels::cpu::FK_ISA
 
 FK_CPU_ENTRY(gelu_mul_cpu, GatedParams)
+FK_CPU_ENTRY(gelu_mul_quant_cpu, GatedParams)

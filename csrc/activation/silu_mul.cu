@@ -18,4 +18,8 @@ void silu_mul_cuda(const GatedParams& p, void* stream) {
     launch_gated<Silu>(p, stream);
 }
 
+void silu_mul_quant_cuda(const GatedParams& p, void* stream) {
+    launch_gated_quant<Silu>("silu_mul_quant", p, stream);
+}
+
 }  // namespace fastkernels

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "common/byte_scales.h"
 #include "common/check.h"
 #include "common/dtype.h"
 
@@ -17,6 +18,9 @@ DType dtype_of(const Tensor& tensor, const char* name);
 
 // The current CUDA stream of the tensor's device.
 void* stream_of(const Tensor& tensor);
+
+// The type of out and the scales of a *_quant op; kind: 0 tensor, 1 token, 2 block.
+ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tensor& scales);
 
 inline const void* in(const Tensor& tensor) {
     return tensor.const_data_ptr();

@@ -1,10 +1,10 @@
 // out[i] = rows[indices[i]], zeros where the index is outside [0, num_rows). The ops embedding and gather_rows.
 //
-//   rows  [num_rows, row_size], any row stride     indices  [num_indices] int32 | int64     out  [num_indices,
-//   row_size]
+//   rows  [num_rows, row_size], any row stride          indices  [num_indices] int32 | int64
+//   out   [num_indices, row_size]
 //
-// A thread owns one unit of 16 bytes (or one element where the addresses are odd) of one output row; a row is spread
-// over as many blocks as it fills. Bytes: 2 * row_size * sizeof(element) an index.
+// A thread owns kUnits units of 16 bytes (or one element each where the addresses are odd) of one output row, all in
+// flight at once; a row is spread over as many blocks as it fills. Bytes: 2 * row_size * sizeof(element) an index.
 #include <algorithm>
 
 #include "common/launch.h"
@@ -15,22 +15,34 @@
 namespace fastkernels {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kMaxThreads = 256;
+constexpr int kUnits = 4;
 
 // Sizes and strides of p are in Units here, as the launcher rescaled them.
 template <typename Unit, typename Index>
-__global__ void __launch_bounds__(kThreads) gather_rows_kernel(const GatherRowsParams p, unsigned blocks_per_row) {
-    const int64_t i = blockIdx.x / blocks_per_row;
-    const int64_t unit = static_cast<int64_t>(blockIdx.x % blocks_per_row) * blockDim.x + threadIdx.x;
-    pdl_wait();
+__global__ void __launch_bounds__(kMaxThreads) gather_rows_kernel(const GatherRowsParams p, unsigned blocks_per_row) {
+    const unsigned i = blockIdx.x / blocks_per_row;
+    const int first = (blockIdx.x - i * blocks_per_row) * blockDim.x * kUnits + threadIdx.x;
+    const int row_size = static_cast<int>(p.row_size);
     pdl_launch_dependents();
-    if (unit >= p.row_size) {
-        return;
-    }
+    pdl_wait();
     const int64_t index = static_cast<const Index*>(p.indices)[i];
     const bool inside = index >= 0 && index < p.num_rows;
-    static_cast<Unit*>(p.out)[i * p.out_stride + unit] =
-        inside ? static_cast<const Unit*>(p.rows)[index * p.row_stride + unit] : Unit{};
+    const Unit* row = static_cast<const Unit*>(p.rows) + (inside ? index : 0) * p.row_stride;
+    Unit* out = static_cast<Unit*>(p.out) + i * p.out_stride;
+    Unit units[kUnits];
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) {
+        const int unit = first + j * static_cast<int>(blockDim.x);
+        units[j] = inside && unit < row_size ? row[unit] : Unit{};
+    }
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) {
+        const int unit = first + j * static_cast<int>(blockDim.x);
+        if (unit < row_size) {
+            out[unit] = units[j];
+        }
+    }
 }
 
 }  // namespace
@@ -45,8 +57,11 @@ void gather_rows_cuda(const GatherRowsParams& p, void* stream) {
         in_units.row_size /= elements;
         in_units.row_stride /= elements;
         in_units.out_stride /= elements;
-        const auto threads = static_cast<unsigned>(std::min<int64_t>(kThreads, (in_units.row_size + 31) / 32 * 32));
-        const auto blocks_per_row = static_cast<unsigned>((in_units.row_size + threads - 1) / threads);
+        check(in_units.row_size < (int64_t{1} << 30), "gather_rows: a row has ", p.row_size,
+              " elements, but the op takes fewer than 2^30 units of 16 bytes");
+        const int64_t wanted = (in_units.row_size + kUnits - 1) / kUnits;
+        const auto threads = static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (wanted + 31) / 32 * 32));
+        const auto blocks_per_row = static_cast<unsigned>((wanted + threads - 1) / threads);
         visit_index(p.index_dtype, [&]<typename Index>() {
             launch(gather_rows_kernel<Unit, Index>,
                    {.grid = dim3(static_cast<unsigned>(p.num_indices) * blocks_per_row),

@@ -15,8 +15,8 @@ constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) resolve_token_ids_kernel(const ResolveTokenIdsParams p) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (i >= p.num_tokens) {
         return;
     }

@@ -5,7 +5,7 @@
 namespace fastkernels {
 
 void add_rms_norm_cuda(const NormParams& p, void* stream) {
-    launch_row_norm<NormKind::add_rms>(p, stream);
+    launch_row_norm<NormKind::add_rms>("add_rms_norm", p, stream);
 }
 
 }  // namespace fastkernels

@@ -5,7 +5,7 @@
 namespace fastkernels {
 
 void layer_norm_cuda(const NormParams& p, void* stream) {
-    launch_row_norm<NormKind::layer>(p, stream);
+    launch_row_norm<NormKind::layer>("layer_norm", p, stream);
 }
 
 }  // namespace fastkernels

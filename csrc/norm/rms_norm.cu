@@ -5,7 +5,7 @@
 namespace fastkernels {
 
 void rms_norm_cuda(const NormParams& p, void* stream) {
-    launch_row_norm<NormKind::rms>(p, stream);
+    launch_row_norm<NormKind::rms>("rms_norm", p, stream);
 }
 
 }  // namespace fastkernels

@@ -4,23 +4,24 @@
 //   cos_sin   [max_position, rotary_dim] fp32          kv_cache     [num_pages, 2, num_kv_heads, page_size, head_dim]
 //
 // A thread owns one unit: kVec pairs of a head of q or k (two 16-byte pieces; one pair where the addresses or sizes are
-// odd), or kVec elements of what is copied (the rest of a head past rotary_dim, and v). A token's units are spread over
-// as many blocks as they fill, so that one token of 32 + 8 heads already has several. The pairs turn in fp32 and round
-// once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim * sizeof(T), and rotary_dim * 4 of
-// cos_sin, which its heads share in L1.
+// odd), or kVec elements of what is copied. Where whole heads turn (rotary_dim is head_dim) and addresses are even,
+// rope_heads_kernel, in which two pieces of v are a unit too; otherwise rope_kernel. A token's units are spread over as
+// many blocks as they fill: many small blocks keep memory busier than fewer that do more. The pairs turn in fp32 and
+// round once. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim * sizeof(T), and rotary_dim * 4
+// of cos_sin, which its heads share in L1.
 #pragma once
 
 #include <algorithm>
 
+#include "common/convert.cuh"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
-#include "common/vec.cuh"
 #include "fastkernels/kv_cache.h"
 #include "fastkernels/rope.h"
 
 namespace fastkernels {
 
-inline constexpr int kRopeThreads = 128;
+inline constexpr int kRopeThreads = 256;
 
 template <int kVec>
 __device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) {
@@ -41,35 +42,86 @@ __device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) 
     }
 }
 
-// y = x turned, of the pairs [unit * kVec, (unit + 1) * kVec) of a head; y may be x.
+// The pairs of two pieces turned: pairs (first[i], second[i]), or interleaved, 2 kVec elements in a row.
 template <typename T, int kVec, bool kInterleaved>
-__device__ __forceinline__ void rotate_unit(const T* x, T* y, const float* cos_sin, int half, int unit) {
-    // The two pieces: pairs (first[i], second[i]), or interleaved (2 kVec elements in a row).
-    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
-    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
-    const auto first = load_vec<kVec>(x + first_at), second = load_vec<kVec>(x + second_at);
-    float cosine[kVec], sine[kVec], in[2 * kVec], turned[2 * kVec];
-    load_floats(cos_sin + unit * kVec, cosine);
-    load_floats(cos_sin + half + unit * kVec, sine);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        in[i] = to_float(first[i]);
-        in[kVec + i] = to_float(second[i]);
-    }
+__device__ __forceinline__ void turn(Vec<T, kVec>& first, Vec<T, kVec>& second, const float (&cosine)[kVec],
+                                     const float (&sine)[kVec]) {
+    float in[2][kVec], turned[2][kVec];
+    to_floats(first, in[0]);
+    to_floats(second, in[1]);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
         const int a = kInterleaved ? 2 * i : i, b = kInterleaved ? 2 * i + 1 : kVec + i;
-        turned[a] = fmaf(in[a], cosine[i], -(in[b] * sine[i]));
-        turned[b] = fmaf(in[b], cosine[i], in[a] * sine[i]);
+        const float x = in[a / kVec][a % kVec], y = in[b / kVec][b % kVec];
+        turned[a / kVec][a % kVec] = fmaf(x, cosine[i], -(y * sine[i]));
+        turned[b / kVec][b % kVec] = fmaf(y, cosine[i], x * sine[i]);
     }
-    Vec<T, kVec> first_out, second_out;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        first_out[i] = from_float<T>(turned[i]);
-        second_out[i] = from_float<T>(turned[kVec + i]);
+    first = from_floats<T>(turned[0]);
+    second = from_floats<T>(turned[1]);
+}
+
+__device__ __forceinline__ const float* cos_sin_row(const RopeParams& p, int64_t token) {
+    int64_t position = p.position_dtype == DType::i32 ? static_cast<const int32_t*>(p.positions)[token]
+                                                      : static_cast<const int64_t*>(p.positions)[token];
+    position = position < 0 ? 0 : position >= p.max_position ? p.max_position - 1 : position;
+    return p.cos_sin + position * p.rotary_dim;
+}
+
+template <typename T, int kVec, bool kInterleaved, bool kAppend>
+__global__ void __launch_bounds__(kRopeThreads) rope_heads_kernel(const RopeParams p, unsigned blocks_per_token) {
+    // Thread i of a token owns unit i % units of head i / units.
+    const unsigned token = blockIdx.x / blocks_per_token;
+    const unsigned i = (blockIdx.x - token * blocks_per_token) * blockDim.x + threadIdx.x;
+    const int half = p.head_dim / 2, units = half / kVec;
+    const int head = static_cast<int>(i / static_cast<unsigned>(units)), unit = static_cast<int>(i) - head * units;
+    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
+    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
+    const int k_heads_end = p.num_q_heads + p.num_kv_heads;
+    if (head >= k_heads_end + (kAppend ? p.num_kv_heads : 0)) {
+        return;
     }
-    store_vec(y + first_at, first_out);
-    store_vec(y + second_at, second_out);
+    // From where to where; slot_at, which a kernel before this one may write, is still to come.
+    const bool is_q = head < p.num_q_heads, is_v = kAppend && head >= k_heads_end;
+    const T* from;
+    T* to;
+    if (is_q) {
+        from = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride + first_at;
+        to = static_cast<T*>(p.q_out) + token * p.q_out_token_stride + head * p.q_out_head_stride + first_at;
+    } else {
+        const int kv_head = head - (is_v ? k_heads_end : p.num_q_heads);
+        from = static_cast<const T*>(is_v ? p.v : p.k) + token * (is_v ? p.v_token_stride : p.k_token_stride) +
+               kv_head * (is_v ? p.v_head_stride : p.k_head_stride) + first_at;
+        if constexpr (kAppend) {
+            to = static_cast<T*>(p.kv_cache) + (int64_t{is_v} * p.num_kv_heads + kv_head) * p.page_size * p.head_dim +
+                 first_at;
+        } else {
+            to = static_cast<T*>(p.k_out) + token * p.k_out_token_stride + kv_head * p.k_out_head_stride + first_at;
+        }
+    }
+    pdl_launch_dependents();
+    pdl_wait();
+    Vec<T, kVec> first = load_once<kVec>(from), second = load_once<kVec>(from + second_at - first_at);
+    const float* cos_sin = cos_sin_row(p, token);
+    int64_t slot_at = 0;
+    if constexpr (kAppend) {
+        if (!is_q) {
+            const int64_t slot = p.slot_mapping[token];
+            if (slot < 0 || slot >= p.num_pages * p.page_size) {
+                return;
+            }
+            const int64_t page =
+                slot >> 32 == 0 ? static_cast<unsigned>(slot) / static_cast<unsigned>(p.page_size) : slot / p.page_size;
+            slot_at = page * 2 * p.num_kv_heads * p.page_size * p.head_dim + (slot - page * p.page_size) * p.head_dim;
+        }
+    }
+    if (head < k_heads_end) {
+        float cosine[kVec], sine[kVec];
+        load_floats(cos_sin + unit * kVec, cosine);
+        load_floats(cos_sin + half + unit * kVec, sine);
+        turn<T, kVec, kInterleaved>(first, second, cosine, sine);
+    }
+    store_vec(to + slot_at, first);
+    store_vec(to + slot_at + second_at - first_at, second);
 }
 
 template <typename T, int kVec, bool kInterleaved, bool kAppend>
@@ -80,8 +132,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const RopeParams p, 
     const int units_per_head = rotated_units + (p.head_dim - p.rotary_dim) / kVec;
     const int q_units = p.num_q_heads * units_per_head, k_units = p.num_kv_heads * units_per_head;
     const int v_units_per_head = p.head_dim / kVec;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
 
     // Which head this unit is of, where from, where to.
     const T* from;
@@ -124,10 +176,16 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const RopeParams p, 
         store_vec(to + at, load_vec<kVec>(from + at));
         return;
     }
-    int64_t position = p.position_dtype == DType::i32 ? static_cast<const int32_t*>(p.positions)[token]
-                                                      : static_cast<const int64_t*>(p.positions)[token];
-    position = position < 0 ? 0 : position >= p.max_position ? p.max_position - 1 : position;
-    rotate_unit<T, kVec, kInterleaved>(from, to, p.cos_sin + position * p.rotary_dim, half, unit);
+    const float* cos_sin = cos_sin_row(p, token);
+    const int first_at = kInterleaved ? 2 * unit * kVec : unit * kVec;
+    const int second_at = kInterleaved ? first_at + kVec : half + first_at;
+    auto first = load_vec<kVec>(from + first_at), second = load_vec<kVec>(from + second_at);
+    float cosine[kVec], sine[kVec];
+    load_floats(cos_sin + unit * kVec, cosine);
+    load_floats(cos_sin + half + unit * kVec, sine);
+    turn<T, kVec, kInterleaved>(first, second, cosine, sine);
+    store_vec(to + first_at, first);
+    store_vec(to + second_at, second);
 }
 
 template <bool kAppend>
@@ -148,11 +206,30 @@ void launch_rope(const RopeParams& p, void* stream) {
                     .pdl = true},
                    stream, p, blocks_per_token);
         };
-        const auto run_layout = [&]<int kVec>() {
-            if (p.interleaved) {
-                run.template operator()<kVec, true>();
+        const auto run_heads = [&]<int kVec, bool kInterleaved>() {
+            const int units = (p.num_q_heads + (kAppend ? 2 : 1) * p.num_kv_heads) * (p.head_dim / 2 / kVec);
+            const auto blocks_per_token = static_cast<unsigned>((units + kRopeThreads - 1) / kRopeThreads);
+            const unsigned threads = (units + blocks_per_token - 1) / blocks_per_token;
+            launch(rope_heads_kernel<T, kVec, kInterleaved, kAppend>,
+                   {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token),
+                    .block = dim3(threads),
+                    .pdl = true},
+                   stream, p, blocks_per_token);
+        };
+        const auto run_layout = [&]<int kVec, bool kInterleaved>() {
+            if constexpr (kVec == 1) {
+                run.template operator()<kVec, kInterleaved>();
+            } else if (p.rotary_dim != p.head_dim) {
+                run.template operator()<kVec, kInterleaved>();
             } else {
-                run.template operator()<kVec, false>();
+                run_heads.template operator()<kVec, kInterleaved>();
+            }
+        };
+        const auto run_width = [&]<int kVec>() {
+            if (p.interleaved) {
+                run_layout.template operator()<kVec, true>();
+            } else {
+                run_layout.template operator()<kVec, false>();
             }
         };
         constexpr int kWide = kVecElements<T>;
@@ -164,9 +241,9 @@ void launch_rope(const RopeParams& p, void* stream) {
                              p.v_token_stride | p.v_head_stride | p.q_out_token_stride | p.q_out_head_stride |
                              p.k_out_token_stride | p.k_out_head_stride | p.head_dim | (p.rotary_dim / 2);
         if (address % 16 == 0 && strides % kWide == 0) {
-            run_layout.template operator()<kWide>();
+            run_width.template operator()<kWide>();
         } else {
-            run_layout.template operator()<1>();
+            run_width.template operator()<1>();
         }
     });
 }

@@ -20,8 +20,8 @@ constexpr int kTokensPerThread = 8;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) penalize_kernel(const PenalizeParams p) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int64_t seq = blockIdx.x;
     const int64_t slot = p.slots[seq];
     const float repetition = p.repetition[seq], presence = p.presence[seq], frequency = p.frequency[seq];
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads) penalize_kernel(const PenalizeParams
 }
 
 __global__ void __launch_bounds__(kThreads) count_tokens_kernel(const CountTokensParams p) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int64_t seq = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (seq >= p.num_seqs) {
         return;

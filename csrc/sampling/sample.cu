@@ -1,4 +1,5 @@
 // The next token of every sequence: temperature, top-k, top-p, min-p, then a draw; or the largest logit (greedy).
+// With a block a row, for GPUs without clusters, odd addresses and rows that no cluster holds; else sample_sm90.cu.
 //
 //   logits  [num_seqs, vocab_size] bf16 | fp16 | fp32 -> out_ids, out_logprobs  [num_seqs]
 //
@@ -13,6 +14,7 @@
 #include "common/ptx/pdl.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
+#include "sampling/sample_sm90.h"
 #include "sampling/token_mass.h"
 
 namespace fastkernels {
@@ -340,6 +342,9 @@ void sample_cuda(const SampleParams& p, void* stream) {
     }
     check(p.vocab_size >= 1 && p.vocab_size <= kMaxVocabSize, "sample: vocab_size is ", p.vocab_size,
           ", but the op takes 1 to ", kMaxVocabSize);
+    if (sample_in_clusters(p, stream)) {
+        return;
+    }
     visit_float(p.dtype, [&]<typename T>() {
         const auto run = [&]<int kVec>() {
             // A vector a lane at least; more warps than that have nothing to do.

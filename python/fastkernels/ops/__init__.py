@@ -1,13 +1,14 @@
 """Ops for any torch model: one function a kernel, each also torch.ops.fastkernels.<name>."""
 
 from fastkernels import _library  # noqa: F401  (loads the kernels before any op is named)
-from fastkernels.ops.activation import gelu_mul, silu_mul
+from fastkernels.ops.activation import gelu_mul, gelu_mul_quant, silu_mul, silu_mul_quant
 from fastkernels.ops.attention import attention, paged_attention
 from fastkernels.ops.attention_plan import AttentionPlan, attention_plan_sizes, plan_attention
 from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
 from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
 from fastkernels.ops.kv_cache import append_kv
-from fastkernels.ops.norm import add_rms_norm, layer_norm, rms_norm
+from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
+from fastkernels.ops.quant import quantize
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
 
@@ -16,6 +17,7 @@ __all__ = [
     "LINEAR_MAX_TOKENS",
     "AttentionPlan",
     "add_rms_norm",
+    "add_rms_norm_quant",
     "append_kv",
     "attention",
     "attention_plan_sizes",
@@ -23,16 +25,20 @@ __all__ = [
     "embedding",
     "gather_rows",
     "gelu_mul",
+    "gelu_mul_quant",
     "layer_norm",
     "linear",
     "paged_attention",
     "penalize",
     "plan_attention",
+    "quantize",
     "resolve_token_ids",
     "rms_norm",
+    "rms_norm_quant",
     "rope",
     "rope_append_kv",
     "sample",
     "silu_mul",
+    "silu_mul_quant",
     "top_logprobs",
 ]

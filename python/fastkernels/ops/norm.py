@@ -14,8 +14,9 @@ from fastkernels.ops.checks import (
     register_mutating_fake,
     require,
 )
+from fastkernels.ops.quant import Per, check_quantized
 
-register_mutating_fake("rms_norm", "add_rms_norm", "layer_norm")
+register_mutating_fake("rms_norm", "add_rms_norm", "layer_norm", "rms_norm_quant", "add_rms_norm_quant")
 
 
 def _check_like_x(op: str, x: torch.Tensor, **tensors: torch.Tensor) -> None:
@@ -126,3 +127,68 @@ def layer_norm(
     out = _check_out("layer_norm", x, out)
     torch.ops.fastkernels.layer_norm(x, weight, bias, eps, out)
     return out
+
+
+def rms_norm_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    per: Per = "token",
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize(rms_norm(x, weight, eps)) in one pass, without rounding between the two.
+
+    x:      [num_tokens, size] bf16 | fp16 | fp32; size a multiple of 16, last dimension contiguous, any row
+            stride
+    weight: [size], dtype of x
+    eps:    added to the mean square
+    per, scales, dtype, out: as ops.quantize takes them
+    Returns (out, scales). Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
+    Source: Zhang and Sennrich 2019. Kernels: csrc/norm/rms_norm_quant.cu, rms_norm_quant.cpp
+    """
+    x, weight = as_tensor(x), as_tensor(weight)
+    check_shape("rms_norm_quant", "x", x, (None, None), "[num_tokens, size]")
+    _check_x_and_weights("rms_norm_quant", x, weight=weight)
+    kind, out, scales = check_quantized("rms_norm_quant", tuple(x.shape), x.device, per, scales, dtype, out)
+    torch.ops.fastkernels.rms_norm_quant(x, weight, eps, kind, out, scales)
+    return out, scales
+
+
+def add_rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    per: Per = "token",
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual += x, rounded to its dtype; then rms_norm_quant(residual, weight, eps).
+
+    x:        [num_tokens, size] bf16 | fp16 | fp32; size a multiple of 16, last dimension contiguous, any
+              row stride
+    residual: like x, with strides of its own; changed in place
+    weight:   [size], dtype of x
+    eps:      added to the mean square
+    per, scales, dtype, out: as ops.quantize takes them
+    Returns (out, scales). Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
+    Source: Zhang and Sennrich 2019. Kernels: csrc/norm/add_rms_norm_quant.cu, rms_norm_quant.cpp
+    """
+    x, residual, weight = as_tensor(x), as_tensor(residual), as_tensor(weight)
+    check_shape("add_rms_norm_quant", "x", x, (None, None), "[num_tokens, size]")
+    _check_x_and_weights("add_rms_norm_quant", x, weight=weight)
+    _check_like_x("add_rms_norm_quant", x, residual=residual)
+    check_device("add_rms_norm_quant", x=x, residual=residual)
+    check_last_contiguous("add_rms_norm_quant", residual=residual)
+    kind, out, scales = check_quantized(
+        "add_rms_norm_quant", tuple(x.shape), x.device, per, scales, dtype, out
+    )
+    torch.ops.fastkernels.add_rms_norm_quant(x, residual, weight, eps, kind, out, scales)
+    return out, scales

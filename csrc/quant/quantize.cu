@@ -1,0 +1,30 @@
+// out = x * (1 / scale) in fp32, rounded to nearest and even, with one scale or one a token or a block of 128 elements.
+// Shapes and ownership: common/quantize_rows.cuh. Bytes: size * (sizeof(T) + 1) a token.
+#include "common/quantize_rows.cuh"
+#include "fastkernels/quant.h"
+
+namespace fastkernels {
+namespace {
+
+template <typename T>
+struct Plain {
+    const T* x;
+    int64_t token_stride;
+
+    template <int kVec>
+    __device__ __forceinline__ void load(unsigned token, int at, float (&y)[kVec]) const {
+        to_floats(load_vec<kVec>(x + token * token_stride + at), y);
+    }
+};
+
+}  // namespace
+
+void quantize_cuda(const QuantizeParams& p, void* stream) {
+    visit_float(p.dtype, [&]<typename T>() {
+        launch_quantize<T>("quantize", Plain<T>{static_cast<const T*>(p.x), p.x_token_stride},
+                           reinterpret_cast<uintptr_t>(p.x), p.x_token_stride,
+                           {p.out, p.out_token_stride, p.num_tokens, p.size, p.bytes}, stream);
+    });
+}
+
+}  // namespace fastkernels
