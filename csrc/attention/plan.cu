@@ -152,10 +152,10 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
 }
 
 // How many SMs the prefill items of a mixed step take at once; the decode items begin on the others, and go on wherever
-// prefill ends. A block of keys costs a prefill tile its matrix products and a decode tile the reading of the keys; an
-// SM does 5 TFLOP/s, and reads 75 GB/s while most others do not, so a decode tile costs as much as 66 rows. It is
-// counted as 50: SMs left over by prefill serve decodes, not the other way round. More than 2 / 5 would only share the
-// bandwidth.
+// prefill ends. A block of keys costs a prefill tile its matrix products and a decode tile the reading of the keys. An
+// SM is taken to do 5 TFLOP/s and, while most others do not, to read 75 GB/s: a decode tile then costs as much as 66
+// rows. It is counted as 50, since SMs that prefill leaves serve decodes, but not the other way round; and with more
+// than 2 / 5 of the SMs decodes would only share the bandwidth.
 __device__ __forceinline__ int prefill_sms(uint64_t decode_blocks, uint64_t prefill_blocks, int tile_rows,
                                            int num_sms) {
     const float decode = 50.0f * static_cast<float>(decode_blocks);
