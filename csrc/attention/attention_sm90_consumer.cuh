@@ -294,7 +294,7 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
             }
         };
         --block;
-        if constexpr (!kSoftCap) {  // beside whose tanh the mask costs little
+        if constexpr (!kSoftCap || D == 96 || D == 128) {  // the others lack the registers: all steps mask
             for (; block >= mask_from; --block) {
                 step(std::true_type{});
             }

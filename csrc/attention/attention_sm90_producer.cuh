@@ -47,10 +47,8 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
     const int lane = threadIdx.x % 32;
-    // All tiles of a few heads, then those of the next.
-    const int heads = p.work_map[4], chunk = num_tiles / p.num_kv_heads * heads;
-    const auto item_of = [&](int index) { return index % chunk / heads; };
-    const auto head_of = [&](int index) { return index / chunk * heads + index % heads; };
+    const auto item_of = [&](int index) { return index / p.num_kv_heads; };
+    const auto head_of = [&](int index) { return index % p.num_kv_heads; };
     const auto item_word = [&](int index) {  // a lane a word, fetched while the tile before is waited for
         const int32_t* items = p.work_map + args.item_offset;
         return lane < kItemInts && index < num_tiles ? items[item_of(index) * kItemInts + lane] : 0;

@@ -152,10 +152,10 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
 }
 
 // How many SMs the prefill items of a mixed step take at once; the decode items begin on the others, and go on wherever
-// prefill ends. A block of keys costs a prefill tile its matrix products and a decode tile the reading of the keys; an
-// SM does 5 TFLOP/s, and reads 75 GB/s while most others do not, so a decode tile costs as much as 66 rows. It is
-// counted as 50: SMs left over by prefill serve decodes, not the other way round. More than 2 / 5 would only share the
-// bandwidth.
+// prefill ends. A block of keys costs a prefill tile its matrix products and a decode tile the reading of the keys. An
+// SM is taken to do 5 TFLOP/s and, while most others do not, to read 75 GB/s: a decode tile then costs as much as 66
+// rows. It is counted as 50, since SMs that prefill leaves serve decodes, but not the other way round; and with more
+// than 2 / 5 of the SMs decodes would only share the bandwidth.
 __device__ __forceinline__ int prefill_sms(uint64_t decode_blocks, uint64_t prefill_blocks, int tile_rows,
                                            int num_sms) {
     const float decode = 50.0f * static_cast<float>(decode_blocks);
@@ -164,22 +164,9 @@ __device__ __forceinline__ int prefill_sms(uint64_t decode_blocks, uint64_t pref
     return num_sms - static_cast<int>(share * static_cast<float>(num_sms));
 }
 
-// How many KV heads to work on at once: as many as have the keys and values of the longest sequence in the L2 cache
-// together, whose tiles then all find them there.
-__device__ __forceinline__ int heads_at_once(int longest, const PlanArgs& a) {
-    constexpr float kCacheBytes = 40e6f;
-    const float head_bytes = static_cast<float>(longest) * static_cast<float>(a.p.head_dim) * 4.0f;
-    int heads = a.p.num_kv_heads;
-    while (heads > 1 && (static_cast<float>(heads) * head_bytes > kCacheBytes || a.p.num_kv_heads % heads != 0)) {
-        --heads;
-    }
-    return heads;
-}
-
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs a) {
     extern __shared__ int first_tile[];
     __shared__ uint64_t scratch[kWarps];
-    __shared__ int longest;  // keys of a sequence with prefill items
     const int thread = threadIdx.x, num_seqs = static_cast<int>(a.p.num_seqs);
     pdl_wait();
 
@@ -195,7 +182,6 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     }
     if (thread == 0) {
         first_tile[num_seqs] = static_cast<int>(num_tiles);
-        longest = 0;
     }
     for (int i = thread; i < a.num_counters; i += kThreads) {
         a.p.work_map[kHeaderInts + i] = 0;
@@ -205,11 +191,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     uint64_t key_blocks[2] = {};
     for (int t = thread; t < static_cast<int>(num_tiles); t += kThreads) {
         const Tile tile = find_tile(t, first_tile, a);
-        const int list = list_of(tile.lengths, a);
-        key_blocks[list] += tile.key_blocks;
-        if (list == 1 && tile.index == 0) {
-            atomicMax(&longest, tile.lengths.len_k);
-        }
+        key_blocks[list_of(tile.lengths, a)] += tile.key_blocks;
     }
     uint64_t all_key_blocks[2] = {};
 #pragma unroll
@@ -231,7 +213,6 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
         }
         a.p.work_map[2] = 0;
         a.p.work_map[3] = prefill_sms(all_key_blocks[0], all_key_blocks[1], a.tile_rows, a.num_sms);
-        a.p.work_map[4] = heads_at_once(longest, a);
     }
     pdl_launch_dependents();
 }

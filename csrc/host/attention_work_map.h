@@ -11,8 +11,7 @@
 //   prefill items   the prefill tiles of attention_sm90 (attention/attention_sm90.h says when it runs)
 //
 //   int32  [0], [1]                  number of decode items, of prefill items
-//   int32  [2]                       the next prefill item and head, 0 between launches
-//   int32  [3], [4]                  blocks that share prefill items; KV heads that are worked on at once
+//   int32  [2], [3]                  the next prefill item, 0 between launches; blocks that share them
 //   int32  [kHeaderInts ...]         counters of split tiles and KV heads, 0 between launches: of decode items, then of
 //                                    prefill items
 //   WorkItem [item_offset]           decode items, room for max_items
@@ -41,7 +40,7 @@ constexpr int kDecodeRows = 16;
 constexpr int kMinSplitTiles = 4;          // 256 keys: below, the combination costs more than the split gains
 constexpr int kMinPrefillSplitTiles = 32;  // of prefill items, whose partial results are 8 times as large
 constexpr int kBlocksPerSm = 2;
-constexpr int kHeaderInts = 8;
+constexpr int kHeaderInts = 4;
 constexpr int kItemInts = sizeof(WorkItem) / sizeof(int32_t);
 constexpr int kPartialExtra = 4;  // floats of a partial row past its head_dim: max, sum, and two for alignment
 constexpr int kMaxCombinedRows = 1024;

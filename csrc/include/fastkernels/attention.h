@@ -27,7 +27,7 @@ struct AttentionParams {
     float* workspace;         // [attention_sizes().workspace_floats]
 
     int64_t num_tokens, num_seqs;
-    int64_t num_keys;  // rows of k and v; paged: pages of the cache
+    int64_t num_keys;                       // rows of k and v; paged: pages of the cache
     int64_t q_token_stride, q_head_stride;  // elements
     int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
     int64_t out_token_stride, out_head_stride;
