@@ -1,9 +1,9 @@
 """How a time is taken: cold inputs, calls in a CUDA graph, the median of its replays, beside floor and peers.
 
 On a GPU a case gets as many sets of inputs as pass the L2 cache three times (2 to 64), each with outputs of
-its own; one call a set is captured in a CUDA graph, and the L2 is overwritten before every timed replay, so
-that every call finds its inputs in memory. The time is that of a replay divided by its calls. On the CPU it
-is the wall time of the same calls one after the other. Every case is checked before it is timed.
+its own; one call a set is captured in a CUDA graph, and the L2 is filled with other data before every timed
+replay, so that every call finds its inputs in memory. The time is that of a replay divided by its calls. On
+the CPU it is the wall time of the same calls one after the other. Every case is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -145,15 +145,17 @@ def _time_cuda(calls: list[Call], device: torch.device, budget_us: float) -> flo
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         results = [call() for call in calls]
-    cache = torch.empty(3 * _l2_bytes(device), dtype=torch.uint8, device=device)
+    cache = torch.zeros(3 * _l2_bytes(device) // 4, device=device)
+    total = torch.empty((), device=device)
 
     def replays(count: int) -> list[float]:
-        # The write of the cache also gives the host time to submit the replay before the GPU gets to it.
+        # The cache is filled by reading: written lines would go back to memory during the replay, on its
+        # account. It also gives the host time to submit the replay before the GPU gets to it.
         pairs = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
         ]
         for start, end in pairs:
-            cache.zero_()
+            torch.sum(cache, dim=0, out=total)
             start.record()
             graph.replay()
             end.record()

@@ -26,6 +26,7 @@ from fastkernels.runtime.step import StepBuffers
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NAMED_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _NUM_SMS = 132  # of an H200: the attention workspace is stated for one
+_PIPED_WIDTH = 180  # columns of a file or a pipe: names are not folded there
 _LAYER = re.compile(r"(?:\blayers|\bkv_cache)\.(\d+)")
 
 
@@ -67,6 +68,8 @@ def inspect(
         if memory_gib is not None:
             ledger = ledger.with_pages(ledger.kv_pages_that_fit())
         console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, _PIPED_WIDTH)
         console.print(_headline(model, config), markup=False, highlight=False)
         for table in (plan_table(plan, full=full), kernels_table(plan), ledger_table(ledger)):
             console.print()

@@ -5,6 +5,7 @@ from fastkernels.ops.activation import gelu_mul, gelu_mul_quant, silu_mul, silu_
 from fastkernels.ops.attention import attention, paged_attention
 from fastkernels.ops.attention_plan import AttentionPlan, attention_plan_sizes, plan_attention
 from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
+from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
 from fastkernels.ops.kv_cache import append_kv
 from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
 from fastkernels.ops.quant import quantize
@@ -13,6 +14,7 @@ from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, 
 
 __all__ = [
     "IN_PROMPT",
+    "LINEAR_MAX_TOKENS",
     "AttentionPlan",
     "add_rms_norm",
     "add_rms_norm_quant",
@@ -25,6 +27,7 @@ __all__ = [
     "gelu_mul",
     "gelu_mul_quant",
     "layer_norm",
+    "linear",
     "paged_attention",
     "penalize",
     "plan_attention",

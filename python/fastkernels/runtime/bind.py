@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels import ops  # noqa: F401  (registers the kernels)
+from fastkernels import ops
 from fastkernels.compiler import CompileError, Step
 
 Call = Callable[[], object]
 Attributes = Mapping[str, Any]
-
-_VECDOT_ELEMENTS = 1 << 22  # 16 MiB of fp32
 
 _fk = torch.ops.fastkernels
 _aten = torch.ops.aten
@@ -40,21 +38,24 @@ def bind(
 
 
 def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    """x [rows, in] @ weight [out, in]^T (+ bias). The one place where a tactic for a GEMM is chosen.
-
-    A single row in fp32 on the CPU is a dot product with each row of the weight: measured on two cores over
-    the demo model's weights, linalg_vecdot takes 1.5 ms where mv and mm take 3.5. It makes a temporary as
-    large as the weight, so that it is for small ones only, until there is a kernel of our own.
-    """
+    """x [rows, in] @ weight [out, in]^T (+ bias). The one place where a tactic for a GEMM is chosen."""
     x, weight = inputs[:2]
     bias = inputs[2] if len(inputs) == 3 else None
     (out,) = outputs
-    one_row = x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32
-    if one_row and bias is None and weight.numel() <= _VECDOT_ELEMENTS:
-        return partial(_aten.linalg_vecdot.out, weight, x[0], out=out[0])
+    if _streams_weight(x, weight):
+        return partial(_fk.linear.default, x, weight, bias, True, out)
     if bias is None:
         return partial(_aten.mm.out, x, weight.t(), out=out)
     return partial(_aten.addmm.out, bias, x, weight.t(), out=out)
+
+
+def _streams_weight(x: Tensor, weight: Tensor) -> bool:
+    """Whether our own kernel takes these and is the faster one, by docs/kernels/gemm.md."""
+    rows, in_size = x.shape
+    if x.device.type == "cpu":
+        return rows <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x, weight))
+    return rows <= ops.LINEAR_MAX_TOKENS and x.dtype != torch.float32 and in_size % 8 == 0 and aligned
 
 
 def _rms_norm(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
