@@ -1,4 +1,4 @@
-// rms_norm whose result is bytes with scales (fastkernels/quant.h), for the product that comes next.
+// rms_norm whose result is bytes with scales (common/byte_scales.h), for the product that comes next.
 // Shapes, ownership and bytes: row_norm.cuh. Source: Zhang and Sennrich 2019.
 #include "norm/row_norm.cuh"
 

@@ -1,7 +1,7 @@
 // What the norms share: one kernel over rows, told by NormKind what a row's sums are.
 //
 //   x, residual  [num_tokens, num_heads, size] bf16 | fp16 | fp32     weight, bias  [size]
-//   out          like x; e4m3 or int8 with scales of the *_quant ops (fastkernels/quant.h)
+//   out          like x; e4m3 or int8 with scales of the *_quant ops (common/byte_scales.h)
 //
 // blockDim.x threads own one row: a block a long row, and for rows of at most 32 threads several rows a block
 // (blockDim.y). A thread owns kPieces pieces of kVec elements (16 bytes, or one element where the addresses are odd),
@@ -22,16 +22,8 @@ namespace fastkernels {
 
 enum class NormKind { rms, add_rms, layer };
 
-inline constexpr int kNormMaxThreads = 1024;
-inline constexpr int kNormPieces = 2;
-inline constexpr int kNormUsualThreads = 256;  // rows of up to 4096 16-bit elements
-
-// What the registers are to leave room for.
-template <NormKind kKind, typename Out, int kMaxThreads>
-inline constexpr int kNormBlocksPerSm = kMaxThreads > kNormUsualThreads ? 1
-                                        : kKind == NormKind::layer      ? 4
-                                        : kKind == NormKind::add_rms    ? 5
-                                                                        : 6 - (sizeof(Out) == 1);
+inline constexpr int kNormMaxThreads = 512;
+inline constexpr int kNormPieces = 4;
 
 // reduce(x, y) over the blockDim.x threads of a row, a power of two up to 32 or a multiple of 32. Every scratch of a
 // kernel serves one call.
@@ -61,12 +53,11 @@ __device__ __forceinline__ float add(float a, float b) {
     return a + b;
 }
 
-template <NormKind kKind, typename T, typename Out, int kVec, int kPieces, int kMaxThreads>
-__global__ void __launch_bounds__(kMaxThreads, kNormBlocksPerSm<kKind, Out, kMaxThreads>)
-    row_norm_kernel(const NormParams p) {
+template <NormKind kKind, typename T, typename Out, int kVec, int kPieces>
+__global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const NormParams p) {
     using Piece = Vec<T, kVec>;
     constexpr bool kQuantized = sizeof(Out) == 1;
-    __shared__ float scratch[2][kMaxThreads / 32];
+    __shared__ float scratch[2][kNormMaxThreads / 32];
     const unsigned row = blockIdx.x * blockDim.y + threadIdx.y;
     const unsigned num_heads = static_cast<unsigned>(p.num_heads);
     const unsigned token = num_heads == 1 ? row : row / num_heads, head = row - token * num_heads;
@@ -102,10 +93,8 @@ __global__ void __launch_bounds__(kMaxThreads, kNormBlocksPerSm<kKind, Out, kMax
         }
     };
     const auto for_rest = [&](auto f) {
-        if constexpr (kMaxThreads > kNormUsualThreads) {  // else the threads are as many as the pieces need
-            for (int piece = threadIdx.x + kPieces * blockDim.x; piece < num_pieces; piece += blockDim.x) {
-                f(piece);
-            }
+        for (int piece = threadIdx.x + kPieces * blockDim.x; piece < num_pieces; piece += blockDim.x) {
+            f(piece);
         }
     };
 
@@ -276,11 +265,9 @@ void launch_rows(const NormParams& p, void* stream) {
                               .block = dim3(threads, rows_per_block),
                               .pdl = true};
     if (one_piece) {
-        launch(row_norm_kernel<kKind, T, Out, kVec, 1, kNormUsualThreads>, config, stream, p);
-    } else if (threads <= kNormUsualThreads) {
-        launch(row_norm_kernel<kKind, T, Out, kVec, kNormPieces, kNormUsualThreads>, config, stream, p);
+        launch(row_norm_kernel<kKind, T, Out, kVec, 1>, config, stream, p);
     } else {
-        launch(row_norm_kernel<kKind, T, Out, kVec, kNormPieces, kNormMaxThreads>, config, stream, p);
+        launch(row_norm_kernel<kKind, T, Out, kVec, kNormPieces>, config, stream, p);
     }
 }
 

@@ -11,12 +11,13 @@
 
 namespace fastkernels::sampling {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunkVecs = 4;
-constexpr int kMaxChunks = 80;  // of a block: 160 KB
+constexpr int kMaxChunks = 80;    // of a block: 160 KB
+constexpr int kRoomyChunks = 32;  // of a block: two blocks an SM
 constexpr int kBins = 2048;
-constexpr int kListMax = 512;
+constexpr int kListMax = kThreads;       // a thread a token
 constexpr float kBinsPerOctave = 49.0f;  // 41 octaves have mass
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f;
@@ -312,13 +313,14 @@ __device__ __forceinline__ void sum_blocks(Shared& s) {
 }
 
 // The first bin at which the row's sum reaches need(total), into s; -1 where that is all of it and all_or_bin says so.
-// Thread t looks at bins 2 t and 2 t + 1.
+// Thread t looks at bins 4 t to 4 t + 3.
 template <typename Need>
 __device__ __forceinline__ void find_bin(Shared& s, bool all_or_bin, Need need) {
-    static_assert(kBins == 2 * kThreads);
+    constexpr int kOwn = kBins / kThreads;
+    static_assert(kOwn == 4);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto bins = load_vec<2>(&s.bins[threadIdx.x * 2]);
-    const uint64_t own = bins[0] + bins[1];
+    const auto bins = load_vec<2>(&s.bins[threadIdx.x * kOwn]), bins2 = load_vec<2>(&s.bins[threadIdx.x * kOwn + 2]);
+    const uint64_t own = bins[0] + bins[1] + bins2[0] + bins2[1];
     uint64_t upto = warp_inclusive_scan(own, lane);
     if (lane == 31) {
         s.words[warp] = upto;
@@ -338,10 +340,20 @@ __device__ __forceinline__ void find_bin(Shared& s, bool all_or_bin, Need need) 
     }
     __syncthreads();
     if (!(all_or_bin && wanted >= total) && above < wanted && wanted <= upto) {  // one thread
-        const bool second = above + bins[0] < wanted;
-        s.bin = static_cast<int>(threadIdx.x) * 2 + second;
-        s.above = above + (second ? bins[0] : 0);
-        s.in_bin = second ? bins[1] : bins[0];
+        int i = 0;
+        uint64_t here = bins[0];
+        const uint64_t rest[kOwn - 1] = {bins[1], bins2[0], bins2[1]};
+#pragma unroll
+        for (int j = 0; j < kOwn - 1; ++j) {
+            if (i == j && above + here < wanted) {
+                above += here;
+                here = rest[j];
+                i = j + 1;
+            }
+        }
+        s.bin = static_cast<int>(threadIdx.x) * kOwn + i;
+        s.above = above;
+        s.in_bin = here;
     }
     __syncthreads();
 }
@@ -355,7 +367,7 @@ __device__ __forceinline__ int merge_lists(Shared& s) {
     for (int rank = 0; rank < blocks; ++rank) {
         const Shared& other = *in_block(&s, rank);
         const uint32_t count = other.list_size;
-        if (threadIdx.x >= begin && threadIdx.x < begin + count && threadIdx.x < kListMax) {
+        if (threadIdx.x >= begin && threadIdx.x < begin + count) {
             s.merged[threadIdx.x] = other.list[threadIdx.x - begin];
         }
         begin += count;

@@ -9,10 +9,11 @@
 //
 //   maxima    of each chunk the largest logit and sum(exp(logit - it)): greedy and the log-softmax need no more
 //   filter    a histogram over 2048 bins of the distance from the largest logit, counts for top-k and exact masses for
-//             top-p; block 0 adds the blocks' up and finds the bin at the edge
-//   gather    what is above the edge and in its bin, when that is at most kListMax tokens: block 0 finishes the row
-//             among them. Otherwise the tokens of the bin alone, which give the exact cut; a bin with more than
-//             kListMax tokens is split 11 bits of (key, ~id) at a time until it fits.
+//             top-p; each block adds up its part of the bins of all blocks for all of them, and every block finds the
+//             bin at the edge
+//   gather    what is above the edge and in its bin, when that is at most kListMax tokens: the row is finished among
+//             them. Otherwise the tokens of the bin alone, which give the exact cut; a bin with more than kListMax
+//             tokens is split 11 bits of (key, ~id) at a time until it fits.
 //   draw      the kept mass of each chunk; the block that owns the drawn one finds the token
 //
 // Bytes: vocab_size * sizeof(T) a row, once.
@@ -28,6 +29,11 @@ namespace sampling {
 
 constexpr int kMaxCluster = 8;  // what every GPU with clusters takes
 constexpr int kDigitBits = 11;
+#if __CUDA_ARCH__ >= 900
+constexpr int kBlocksPerSm = 2;
+#else
+constexpr int kBlocksPerSm = 1;  // it compiles, but is not launched
+#endif
 constexpr float kManyTokens = 16 * kListMax;
 
 // Sum of s.masses[j] over the `size` tokens of s.merged for which before(s.merged[j]).
@@ -65,9 +71,7 @@ __device__ __forceinline__ void finish_in_list(const SampleParams& p, int64_t se
     bool kept = inside;
     const auto share = [&](uint64_t mass) {  // this token's amount, for sum_before
         __syncthreads();
-        if (i < kListMax) {
-            s.masses[i] = mass;
-        }
+        s.masses[i] = mass;
         __syncthreads();
     };
     if (settings.top_k > 0 && settings.top_k < size) {
@@ -102,9 +106,7 @@ __device__ __forceinline__ void find_cut(const Settings& settings, int size, uin
     const uint64_t own = i >= size ? 0
                          : by_mass ? token_mass(logit_of(key_of(rank)), settings.max, settings.scale)
                                    : uint64_t{1};
-    if (i < kListMax) {
-        s.masses[i] = own;
-    }
+    s.masses[i] = own;
     __syncthreads();
     const uint64_t before = sum_before(s, size, [&](uint64_t other) { return other > rank; });
     if (before < rest && rest <= before + own) {  // one thread
@@ -290,23 +292,23 @@ __device__ __forceinline__ void draw(const SampleParams& p, int64_t seq, const R
     }
     for (int j = 0; j < kChunkVecs; ++j) {
         const int at = chunk * kChunk<T> + (j * 32 + lane) * kVec;
-        const auto v = load_vec<kVec>(row.slice + at);
-        uint64_t masses[kVec], sum = 0;
-#pragma unroll
+        uint64_t sum = 0;
+#pragma unroll 1
         for (int i = 0; i < kVec; ++i) {
-            masses[i] = kept_mass(row.first_id + at + i, to_float(v[i]));
-            sum += masses[i];
+            sum += kept_mass(row.first_id + at + i, to_float(row.slice[at + i]));
         }
         const uint64_t upto = passed + warp_inclusive_scan(sum, lane);
         if (upto - sum <= target && target < upto) {  // one lane of the warp
             uint64_t here = upto - sum;
-            int drawn_at = -1;
-#pragma unroll
+#pragma unroll 1
             for (int i = 0; i < kVec; ++i) {
-                here += masses[i];
-                drawn_at = drawn_at < 0 && here > target ? at + i : drawn_at;
+                const float x = to_float(row.slice[at + i]);
+                here += kept_mass(row.first_id + at + i, x);
+                if (here > target) {
+                    write_result<T>(p, seq, row.first_id + at + i, x, s);
+                    break;
+                }
             }
-            write_result<T>(p, seq, row.first_id + drawn_at, to_float(row.slice[drawn_at]), s);
         }
         passed = __shfl_sync(kAllLanes, upto, 31);
         if (passed > target) {
@@ -316,7 +318,7 @@ __device__ __forceinline__ void draw(const SampleParams& p, int64_t seq, const R
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     sample_cluster_kernel(const SampleParams p, int num_chunks, int chunks_per_block) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& s = *reinterpret_cast<Shared*>(memory);
@@ -382,12 +384,11 @@ bool sample_in_clusters(const SampleParams& p, void* stream) {
         if (p.logits_stride % kVecElements<T> != 0 || chunks > kMaxCluster * kMaxChunks) {
             return;
         }
-        // A block an SM. As many blocks a row as it takes to hold it, and then as fill the GPU; with some to spare,
-        // since a cluster lies within one of the GPU's groups of SMs, which it may not divide.
+        // As many blocks a row as its chunks need to leave two blocks an SM room, and then as fill the GPU once.
         int64_t cluster = 1;
         const auto chunks_per_block = [&] { return (chunks + cluster - 1) / cluster; };
-        while (cluster < kMaxCluster && (chunks_per_block() > kMaxChunks ||
-                                         (2 * cluster <= chunks && 2 * p.num_seqs * cluster <= num_sms() - 4))) {
+        while (cluster < kMaxCluster &&
+               (chunks_per_block() > kRoomyChunks || (2 * cluster <= chunks && p.num_seqs * cluster <= num_sms()))) {
             cluster *= 2;
         }
         const size_t shared_bytes = sizeof(Shared) + static_cast<size_t>(chunks_per_block()) * kChunk<T> * sizeof(T);

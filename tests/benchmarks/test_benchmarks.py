@@ -84,13 +84,13 @@ def test_a_peer_that_fails_is_left_out_and_the_fastest_of_the_others_named(capsy
 
 def test_command(app, tmp_path) -> None:
     path = tmp_path / "report.json"
-    arguments = ["ops", "--device", "cpu", "--quick", "--only", "silu_mul", "--json", str(path)]
+    arguments = ["ops", "--device", "cpu", "--quick", "--only", "gelu_mul", "--json", str(path)]
     result = CliRunner().invoke(app, [*arguments, "--commit", "abc"])
     assert result.exit_code == 0, result.output
     report = Report.read(path)
     assert [row.case for row in report.rows] == ["1 token", "16 tokens"]
     assert report.commit == "abc" and report.command == "python -m benchmarks ops --quick"
-    assert "silu_mul" in result.stdout and "x floor" in result.stdout
+    assert "gelu_mul" in result.stdout and "x floor" in result.stdout
     assert CliRunner().invoke(app, ["ops", "--device", "cpu", "--only", "no such row"]).exit_code == 2
     assert CliRunner().invoke(app, ["ops", "--device", "tpu"]).exit_code == 2
 

@@ -29,7 +29,7 @@ Per = Literal["tensor", "token", "block"]
 
 def check_quantized(
     op: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     device: torch.device,
     per: str,
     scales: torch.Tensor | None,

@@ -120,10 +120,12 @@ def quantize(
     largest = 448.0 if dtype == torch.float8_e4m3fn else 127.0
     rows = (x.unflatten(-1, (-1, 128)) if per == "block" else x[:, None]).float()
     if per == "tensor":
+        assert scales is not None
         by_row = scales.view(1, 1)
     else:
         by_row = (rows.abs().amax(-1) / largest).clamp_min(2.0**-126)
         scales = by_row if per == "block" else by_row[:, 0]
+    assert scales is not None
     y = (rows * (1.0 / by_row)[..., None]).flatten(1)
     if dtype == torch.int8:
         return y.round().clamp(-128, 127).to(dtype), scales
