@@ -91,4 +91,9 @@ def check_range_in_debug(op: str, name: str, x: torch.Tensor, low: int, high: in
 def register_mutating_fake(*names: str) -> None:
     """Fake kernels of ops that only write into tensors they are given: nothing to compute or return."""
     for name in names:
+        if not hasattr(torch.ops.fastkernels, name):
+            raise ImportError(
+                f"the C++ library of fastkernels has no op {name}: it is older than the Python files; build it "
+                "with 'make build' or 'pip install .'"
+            )
         torch.library.register_fake(f"fastkernels::{name}", lambda *args, **kwargs: None)
