@@ -92,7 +92,8 @@ def _provenance(report: Report) -> list[str]:
     commit = f" at {report.commit}" if report.commit else ""
     versions = f"fastkernels {report.fastkernels}{commit}, torch {report.torch}"
     ceilings = ", ".join(f"{figure(value)} {name}" for name, value in report.ceilings.items())
-    return [f"{report.machine}; {report.date}; {versions}", f"Ceilings of the run: {ceilings}"]
+    lines = [f"{report.machine}; {report.date}; {versions}"]
+    return [*lines, f"Ceilings of the run: {ceilings}"] if ceilings else lines
 
 
 # --- the page -----------------------------------------------------------------------------------------------

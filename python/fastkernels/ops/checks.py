@@ -93,7 +93,7 @@ def register_mutating_fake(*names: str) -> None:
     for name in names:
         if not hasattr(torch.ops.fastkernels, name):
             raise ImportError(
-                f"the C++ library of fastkernels has no op {name}: it is older than the Python files; build it "
-                "with 'make build' or 'pip install .'"
+                f"the C++ library of fastkernels has no op {name}: it is older than the Python files; "
+                "build it with 'make build' or 'pip install .'"
             )
         torch.library.register_fake(f"fastkernels::{name}", lambda *args, **kwargs: None)
