@@ -76,7 +76,7 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
         .k_map = tensor_map(k, p.dtype, p.head_dim, kv_heads, rows, p.k_head_stride, p.k_token_stride, 1, box_keys),
         .v_map = tensor_map(v, p.dtype, p.head_dim, kv_heads, v_rows, p.v_head_stride, p.v_token_stride, 1, box_keys),
         .a = a,
-        .item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms),
+        .item_offset = a.prefill_item_offset,
         .tile_tokens = tile_tokens,
         .inverse_group = 1.0f / static_cast<float>(a.group),
         .box_shift = std::countr_zero(static_cast<uint32_t>(box_keys)),
