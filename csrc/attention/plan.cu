@@ -9,6 +9,7 @@
 #include "attention/attention_sm90.h"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
+#include "common/reduce.cuh"
 #include "fastkernels/attention.h"
 #include "host/attention_work_map.h"
 
@@ -18,26 +19,17 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 
-__device__ __forceinline__ uint64_t warp_inclusive_scan(uint64_t x) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t y = __shfl_up_sync(0xffffffffu, x, offset);
-        x += static_cast<int>(threadIdx.x % 32) >= offset ? y : 0;
-    }
-    return x;
-}
-
 // Sum of x over the threads before this one; total: over all. Every thread of the block calls it.
 __device__ uint64_t block_exclusive_scan(uint64_t x, uint64_t* total, uint64_t* scratch) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint64_t inclusive = warp_inclusive_scan(x);
+    const uint64_t inclusive = warp_inclusive_scan(x, lane);
     __syncthreads();  // scratch may still be read from an earlier call
     if (lane == 31) {
         scratch[warp] = inclusive;
     }
     __syncthreads();
     if (warp == 0) {
-        scratch[lane] = warp_inclusive_scan(scratch[lane]);
+        scratch[lane] = warp_inclusive_scan(scratch[lane], lane);
     }
     __syncthreads();
     *total = scratch[kWarps - 1];

@@ -1,6 +1,8 @@
 // Reductions over a warp and over a block. The order of additions is fixed, so results repeat bit for bit.
 #pragma once
 
+#include <cstdint>
+
 namespace fastkernels {
 
 template <typename Op>
@@ -18,6 +20,24 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ float warp_max(float x) {
     return warp_reduce(x, [](float a, float b) { return fmaxf(a, b); });
+}
+
+__device__ __forceinline__ uint64_t warp_sum_u64(uint64_t x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
+    }
+    return x;
+}
+
+// Sum over the lanes up to and with this one.
+__device__ __forceinline__ uint64_t warp_inclusive_scan(uint64_t x, int lane) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const uint64_t before = __shfl_up_sync(0xffffffffu, x, offset);
+        x += lane >= offset ? before : 0;
+    }
+    return x;
 }
 
 // Every thread of the block calls it and gets the sum. scratch: at least one float a warp, in shared memory.

@@ -57,23 +57,6 @@ __device__ __forceinline__ float logit_of(uint32_t key) {
     return std::bit_cast<float>(key ^ (key >> 31 != 0 ? 0x80000000u : 0xffffffffu));
 }
 
-__device__ __forceinline__ uint64_t warp_sum_u64(uint64_t x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        x += __shfl_xor_sync(kAllLanes, x, offset);
-    }
-    return x;
-}
-
-__device__ __forceinline__ uint64_t warp_inclusive_scan(uint64_t x, int lane) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t before = __shfl_up_sync(kAllLanes, x, offset);
-        x += lane >= offset ? before : 0;
-    }
-    return x;
-}
-
 // The sum over the block; every thread gets it.
 __device__ __forceinline__ uint64_t block_sum_u64(uint64_t x, uint64_t* words) {
     x = warp_sum_u64(x);

@@ -50,23 +50,6 @@ struct Row {
     int32_t begin, end;  // of this warp's segment
 };
 
-__device__ __forceinline__ uint64_t warp_sum_u64(uint64_t x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        x += __shfl_xor_sync(kAllLanes, x, offset);
-    }
-    return x;
-}
-
-__device__ __forceinline__ uint64_t warp_inclusive_scan(uint64_t x, int lane) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t before = __shfl_up_sync(kAllLanes, x, offset);
-        x += lane >= offset ? before : 0;
-    }
-    return x;
-}
-
 template <int kVec, typename T>
 __device__ __forceinline__ Vec<T, kVec> load_tail(const T* logits, int32_t id, int32_t end) {
     Vec<T, kVec> v;
