@@ -32,6 +32,7 @@ class Batch:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    kv_dtype: torch.dtype | None = None  # of the cache, where it is not that of q
 
     @property
     def num_tokens(self) -> int:
@@ -53,8 +54,8 @@ class Batch:
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """K and V once, q and out once."""
-        rows = 2 * self.num_keys * self.num_kv_heads + 2 * self.num_tokens * self.num_q_heads
-        return rows * self.head_dim * dtype.itemsize
+        keys = 2 * self.num_keys * self.num_kv_heads * (self.kv_dtype or dtype).itemsize
+        return (keys + 2 * self.num_tokens * self.num_q_heads * dtype.itemsize) * self.head_dim
 
     def cu_seqlens_q(self, device: torch.device) -> torch.Tensor:
         return _cumulative([queries for queries, _ in self.lengths], device)
@@ -66,7 +67,7 @@ class Batch:
         return torch.tensor([keys for _, keys in self.lengths], dtype=torch.int32, device=device)
 
 
-def decode(num_seqs: int, context: int, suffix: str = "", **heads: int) -> Batch:
+def decode(num_seqs: int, context: int, suffix: str = "", **heads: Any) -> Batch:
     return Batch(f"{num_seqs} x {_short(context)}{suffix}", ((1, context),) * num_seqs, **heads)
 
 
@@ -110,8 +111,22 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
     decodes += [(64, 2048), (128, 1024), (256, 512)]
     others = [
         decode(32, 4096, ", 64 q heads", num_q_heads=64),
-        decode(32, 4096, ", head 64", head_dim=64),
+        decode(64, 4096, ", head 64", head_dim=64),
         decode(32, 4096, ", 32 KV heads", num_kv_heads=32),
+        decode(256, 4096, ", 1 KV head", num_kv_heads=1),
+        Batch("1 x 64k, 63 x 1k", ((1, 65536), *((1, 1024),) * 63)),
+        *(Batch(f"32 x 4k, {n} drafts", ((n, 4096),) * 32) for n in (4, 8, 16)),
+        *(
+            decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn)
+            for n, k in [(1, 8192), (32, 1024), (32, 8192)]
+        ),
+        *(
+            decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn)
+            for n, k in [(64, 4096), (128, 2048), (256, 1024)]
+        ),
+        decode(1, 262144, ", e4m3", kv_dtype=torch.float8_e4m3fn),
+        decode(64, 4096, ", e5m2", kv_dtype=torch.float8_e5m2),
+        decode(64, 4096, ", int8", kv_dtype=torch.int8),
     ]
     return contiguous, paged, [decode(*shape) for shape in decodes] + others
 
@@ -213,11 +228,11 @@ def _paged_case(subject: str, batch: Batch, dtype: torch.dtype, device: torch.de
         used = torch.arange(max_pages, device=device) < pages[:, None]
         table[used] = torch.randperm(num_pages, dtype=torch.int32, device=device)
         cache = (num_pages, 2, batch.num_kv_heads, batch.page_size, batch.head_dim)
-        return Paged(
-            torch.randn(batch.num_tokens, batch.num_q_heads, batch.head_dim, dtype=dtype, device=device),
-            torch.randn(cache, dtype=dtype, device=device),
-            table,
-        )
+        keys = torch.randn(cache, dtype=dtype, device=device)
+        if batch.kv_dtype is not None:
+            keys = keys.to(batch.kv_dtype)
+        q = torch.randn(batch.num_tokens, batch.num_q_heads, batch.head_dim, dtype=dtype, device=device)
+        return Paged(q, keys, table)
 
     def ours(i: Paged):
         out = torch.empty_like(i.q)
@@ -244,11 +259,14 @@ def _paged_case(subject: str, batch: Batch, dtype: torch.dtype, device: torch.de
         return prepare
 
     equal = len(set(batch.lengths)) == 1 and batch.longest[1] % batch.page_size == 0
+    equal = (
+        equal and batch.kv_dtype is None and (batch.longest[0] == 1 or batch.longest[0] == batch.longest[1])
+    )
     peers: dict[str, Any] = {}
     if equal:
         backends = _sdpa_backends(device)
         peers = {f"{name}, K and V contiguous": by_sdpa(attend) for name, attend in backends.items()}
-    if device.type == "cuda" and (fa3 := flash_attention_3()) is not None:
+    if device.type == "cuda" and batch.kv_dtype is None and (fa3 := flash_attention_3()) is not None:
         peers[f"FlashAttention 3 ({vllm_name()}), paged"] = by_fa3
     return Case(
         subject,

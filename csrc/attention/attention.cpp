@@ -83,11 +83,11 @@ class Attention {
         : p_(p),
           group_(p.num_q_heads / p.num_kv_heads),
           padded_dim_((p.head_dim + kWidth - 1) / kWidth * kWidth),
-          element_bytes_(static_cast<int64_t>(size_bytes(p.dtype))) {
+          element_bytes_(static_cast<int64_t>(size_bytes(p.kv_dtype))) {
     }
 
     void make_tasks();
-    template <typename T>
+    template <typename T, typename KV>
     void run(const Task& task) const;
     template <typename T>
     void combine(const Split& split) const;
@@ -120,9 +120,17 @@ class Attention {
         return s;
     }
 
-    // The keys [first, second) that a row sees.
+    // Whether masks say which of the new tokens a token of the sequence sees.
+    bool has_tree(const Sequence& s) const {
+        return p_.tree_mask != nullptr && s.len_q <= 64;
+    }
+
+    // The keys [first, second) that a row sees; of those of new tokens its mask may hide some.
     std::pair<int32_t, int32_t> visible(const Sequence& s, int32_t row) const {
         int32_t end = s.len_k;
+        if (has_tree(s)) {
+            return {0, end};
+        }
         int32_t begin = 0;
         if (p_.causal || p_.window > 0) {
             const int32_t self = s.len_k - s.len_q + row / group_;
@@ -132,8 +140,8 @@ class Attention {
         return {std::min(begin, end), end};
     }
 
-    template <typename T>
-    void key_rows(const Sequence& s, int32_t kv_head, int32_t begin, int32_t count, const T** k, const T** v) const;
+    template <typename KV>
+    void key_rows(const Sequence& s, int32_t kv_head, int32_t begin, int32_t count, const KV** k, const KV** v) const;
     template <typename T>
     void store_row(const Sequence& s, const Task& task, int32_t row, const float* x, float scale) const;
 
@@ -180,18 +188,18 @@ void Attention::make_tasks() {
     }
 }
 
-template <typename T>
-void Attention::key_rows(const Sequence& s, int32_t kv_head, int32_t begin, int32_t count, const T** k,
-                         const T** v) const {
+template <typename KV>
+void Attention::key_rows(const Sequence& s, int32_t kv_head, int32_t begin, int32_t count, const KV** k,
+                         const KV** v) const {
     if (p_.page_size == 0) {
-        const T* first_k = reinterpret_cast<const T*>(s.k) + kv_head * p_.k_head_stride;
-        const T* first_v = reinterpret_cast<const T*>(s.v) + kv_head * p_.v_head_stride;
+        const KV* first_k = reinterpret_cast<const KV*>(s.k) + kv_head * p_.k_head_stride;
+        const KV* first_v = reinterpret_cast<const KV*>(s.v) + kv_head * p_.v_head_stride;
         for (int32_t j = 0; j < count; ++j) {
             k[j] = first_k + static_cast<int64_t>(begin + j) * p_.k_token_stride;
             v[j] = first_v + static_cast<int64_t>(begin + j) * p_.v_token_stride;
         }
     } else {
-        const T* cache = reinterpret_cast<const T*>(s.k);
+        const KV* cache = reinterpret_cast<const KV*>(s.k);
         const int64_t page_elements = static_cast<int64_t>(p_.page_size) * p_.head_dim;  // of one head
         for (int32_t j = 0; j < count; ++j) {
             const int32_t key = begin + j;
@@ -343,7 +351,7 @@ void Attention::store_row(const Sequence& s, const Task& task, int32_t row, cons
     }
 }
 
-template <typename T>
+template <typename T, typename KV>
 void Attention::run(const Task& task) const {
     Scratch x;
     const Sequence s = sequence(task.seq);
@@ -360,7 +368,10 @@ void Attention::run(const Task& task) const {
     }
     std::fill_n(x.sum_pv, num_rows * padded_dim_, 0.0f);
 
-    const bool widened = padded_dim_ != p_.head_dim || (num_rows > kTileRows && sizeof(T) < sizeof(float));
+    constexpr bool kBytes = sizeof(KV) == 1;  // multiplied by the scales of their head
+    const bool widened = kBytes || padded_dim_ != p_.head_dim || (num_rows > kTileRows && sizeof(T) < sizeof(float));
+    const float k_scale = kBytes && p_.k_scale != nullptr ? p_.k_scale[task.kv_head] : 1.0f;
+    const float v_scale = kBytes && p_.v_scale != nullptr ? p_.v_scale[task.kv_head] : 1.0f;
     const float* k_wide[kKeys];
     const float* v_wide[kKeys];
     for (int j = 0; j < kKeys; ++j) {
@@ -368,16 +379,16 @@ void Attention::run(const Task& task) const {
         v_wide[j] = x.v + j * padded_dim_;
     }
 
-    const T* k[kKeys];
-    const T* v[kKeys];
+    const KV* k[kKeys];
+    const KV* v[kKeys];
     for (int32_t begin = task.key_begin; begin < task.key_end; begin += kKeys) {
         const int32_t count = std::min(kKeys, task.key_end - begin);
         const int32_t padded_count = (count + kWidth - 1) / kWidth * kWidth;
         key_rows(s, task.kv_head, begin, count, k, v);
         if (widened) {
             for (int32_t j = 0; j < padded_count; ++j) {
-                widen(k[j], p_.head_dim, padded_dim_, x.k + j * padded_dim_);
-                widen(v[j], p_.head_dim, padded_dim_, x.v + j * padded_dim_);
+                widen(k[j], p_.head_dim, padded_dim_, x.k + j * padded_dim_, k_scale);
+                widen(v[j], p_.head_dim, padded_dim_, x.v + j * padded_dim_, v_scale);
             }
         }
 
@@ -385,11 +396,12 @@ void Attention::run(const Task& task) const {
         for_row_tiles(num_rows, [&]<int R>(int32_t row) {
             const float* q = x.q + row * padded_dim_;
             float* scores = x.scores + row * kKeys;
-            if (widened) {
-                multiply_qk<R>(q, k_wide, padded_dim_, padded_count, scores);
-            } else {
-                multiply_qk<R>(q, k, padded_dim_, padded_count, scores);
+            if constexpr (!kBytes) {
+                if (!widened) {
+                    return multiply_qk<R>(q, k, padded_dim_, padded_count, scores);
+                }
             }
+            multiply_qk<R>(q, k_wide, padded_dim_, padded_count, scores);
         });
 
         // soft cap, mask, softmax
@@ -406,6 +418,13 @@ void Attention::run(const Task& task) const {
             const auto [first, last] = visible(s, task.row_begin + r);
             std::fill(scores, scores + std::clamp(first - begin, 0, kKeys), kNone);
             std::fill(scores + std::clamp(last - begin, 0, count), scores + kKeys, kNone);
+            if (has_tree(s) && begin + count > s.len_k - s.len_q) {
+                const int32_t first_new = s.len_k - s.len_q, token = (task.row_begin + r) / group_;
+                const auto mask = static_cast<uint64_t>(p_.tree_mask[s.first_token + token]);
+                for (int32_t j = std::max(0, first_new - begin); j < count; ++j) {
+                    scores[j] = mask >> (begin + j - first_new) & 1 ? scores[j] : kNone;
+                }
+            }
             rescale[r] = softmax_row(scores, x.max[r], x.sum[r]);
         }
 
@@ -413,11 +432,12 @@ void Attention::run(const Task& task) const {
         for_row_tiles(num_rows, [&]<int R>(int32_t row) {
             const float* scores = x.scores + row * kKeys;
             float* out = x.sum_pv + row * padded_dim_;
-            if (widened) {
-                multiply_pv<R>(scores, v_wide, padded_dim_, count, rescale + row, out);
-            } else {
-                multiply_pv<R>(scores, v, padded_dim_, count, rescale + row, out);
+            if constexpr (!kBytes) {
+                if (!widened) {
+                    return multiply_pv<R>(scores, v, padded_dim_, count, rescale + row, out);
+                }
             }
+            multiply_pv<R>(scores, v_wide, padded_dim_, count, rescale + row, out);
         });
     }
 
@@ -490,8 +510,15 @@ void attention_cpu(const AttentionParams& p) {
     }
     const bool serial = attention.work < 200'000;  // about 10 us: less than threads would save
     visit_float(p.dtype, [&]<typename T>() {
-        share(static_cast<int64_t>(attention.tasks.size()), serial,
-              [&](int64_t i) { attention.run<T>(attention.tasks[static_cast<size_t>(i)]); });
+        const auto run_all = [&]<typename KV>() {
+            share(static_cast<int64_t>(attention.tasks.size()), serial,
+                  [&](int64_t i) { attention.run<T, KV>(attention.tasks[static_cast<size_t>(i)]); });
+        };
+        if (p.kv_dtype == p.dtype) {
+            run_all.template operator()<T>();
+        } else {
+            visit_byte(p.kv_dtype, run_all);
+        }
         share(static_cast<int64_t>(attention.splits.size()), serial,
               [&](int64_t i) { attention.combine<T>(attention.splits[static_cast<size_t>(i)]); });
     });

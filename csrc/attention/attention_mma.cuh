@@ -7,74 +7,44 @@
 // of 64. K and V blocks alternate through one ring of shared memory, filled by cp.async kRing - 1 half steps ahead;
 // warp w fetches keys [16w, 16w + 16) of each. Rows of shared memory are padded by 16 bytes, which makes their
 // length an odd number of 16-byte pieces: ldmatrix and cp.async meet no bank conflict, and every address is a base
-// plus a constant. The item decides, uniformly for the block, between
-//   prefill: up to kRows rows; warp w owns rows [16w, 16w + 16) of each 64 and walks all keys;
-//   decode:  16 rows, owned by every warp; warp w walks only the keys it fetched, so the main loop has no block
-//            barrier, and the warps merge their (max, sum, O) at the end.
+// plus a constant. Warp w owns rows [16w, 16w + 16) of each 64 and walks all keys. Sequences of few rows are
+// attention_decode's.
 // Softmax is online, in powers of 2; P stays in registers; O is rescaled only when a maximum of the warp grew.
 // A tile split among items leaves (O, max, sum) in the workspace, and the item that finishes last adds them up in the
 // order of the splits, so the result does not depend on which that is.
+//
+// It runs beside attention_decode, launched just before, and does not wait for it (attention.cu).
 //
 // Bytes: the keys once a tile, 4 * D an item and key. FLOPs: 4 * D a row and key.
 // Source: Dao 2023 (FlashAttention-2), Dao et al. 2023 (Flash-Decoding), Kwon et al. 2023 (paged KV).
 #pragma once
 
 #include "attention/attention_mma.h"
+#include "attention/tile.cuh"
 #include "common/launch.h"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/ex2.cuh"
 #include "common/ptx/ldmatrix.cuh"
 #include "common/ptx/mma.cuh"
 #include "common/ptx/pdl.cuh"
-#include "common/reduce.cuh"
-#include "common/vec.cuh"
 
 namespace fastkernels {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
-constexpr float kNegInf = -INFINITY;
 
 template <int D>
 struct MmaShape {
     static_assert(D % 16 == 0 && D <= 256);
     static constexpr int kRows = prefill_rows(D);
-    static constexpr int kRowTiles = kRows / 64;       // m16 tiles a warp owns in a prefill tile
+    static constexpr int kRowTiles = kRows / 64;       // m16 tiles a warp owns
     static constexpr int kStride = D + 8;              // elements between rows in shared memory
     static constexpr int kSlot = kTileKeys * kStride;  // elements of a block of K or of V
-    // The queries of a prefill tile take kRowTiles slots, the ring the others. Two blocks fit an SM of 227 KB, one of
-    // 99 KB; two in decode have 80 to 128 KB of keys in flight.
+    // The queries take kRowTiles slots, the ring the others. Two blocks fit an SM of 227 KB, one of 99 KB.
     static constexpr int kSlots = D <= 96 ? 6 : D <= 128 ? 5 : 3;
     static constexpr int kSharedBytes = kSlots * kSlot * 2;
-    static constexpr int kMergeStride = D + 8;  // floats; the decode warps' O of 16 rows each
-    static_assert((kWarps * kDecodeRows * (kMergeStride + 2)) * 4 <= kSharedBytes);
     static_assert(kMaxCombinedRows * 4 <= kSharedBytes);
-};
-
-// What a block works on: rows of a sequence, keys [begin, end).
-struct Work {
-    int first_row, rows;  // of the sequence's packed rows
-    int q_begin;
-    int q_offset;  // len_k - len_q: token i of the sequence is at position q_offset + i
-    int first_position, last_position;
-    int begin, end;
-
-    __device__ Work(const AttentionMmaArgs& a, const WorkItem& item, int tile_rows) {
-        const AttentionParams& p = a.p;
-        first_row = item.tile * tile_rows;
-        rows = min(item.len_q * a.group - first_row, tile_rows);
-        q_begin = item.q_begin;
-        q_offset = item.len_k - item.len_q;
-        first_position = q_offset + first_row / a.group;
-        last_position = q_offset + (first_row + rows - 1) / a.group;
-        end = p.causal ? min(item.len_k, last_position + 1) : item.len_k;
-        begin = p.window > 0 ? max(0, first_position - p.window + 1) : 0;
-        const int blocks = max(0, end - begin + kTileKeys - 1) / kTileKeys;
-        const int split_keys = (blocks + item.num_splits - 1) / item.num_splits * kTileKeys;
-        begin += item.split * split_keys;
-        end = min(end, begin + split_keys);
-    }
 };
 
 // Fetches a warp's 16 keys of each block. A lane looks up the row of one key, one block ahead; rows past the end are
@@ -130,85 +100,29 @@ struct KeyLoader {
     }
 };
 
-// Where element (row, 0) of the tile goes: out, or this split's rows of the workspace.
-template <typename T>
-__device__ __forceinline__ T* out_row(const AttentionMmaArgs& a, const Work& work, int kv_head, int row) {
-    const int token = (work.first_row + row) / a.group, head = (work.first_row + row) % a.group;
-    return static_cast<T*>(a.p.out) + (work.q_begin + token) * a.p.out_token_stride +
-           (kv_head * a.group + head) * a.p.out_head_stride;
-}
-
-template <int D>
-__device__ __forceinline__ float* partial_row(const AttentionMmaArgs& a, const WorkItem& item, const Work& work,
-                                              int kv_head, int split, int row) {
-    const int64_t index = item.partial_row + static_cast<int64_t>(split) * work.rows + row;
-    return a.p.workspace + (index * a.p.num_kv_heads + kv_head) * (D + kPartialExtra);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_four(T* out, float4 x, float scale) {
-    Vec<T, 4> y;
-    y[0] = from_float<T>(x.x * scale);
-    y[1] = from_float<T>(x.y * scale);
-    y[2] = from_float<T>(x.z * scale);
-    y[3] = from_float<T>(x.w * scale);
-    store_vec(out, y);
-}
-
-__device__ __forceinline__ void add_scaled(float4& sum, float4 x, float scale) {
-    sum.x += x.x * scale;
-    sum.y += x.y * scale;
-    sum.z += x.z * scale;
-    sum.w += x.w * scale;
-}
-
-// -inf (no key seen yet) becomes 0, so that exp2(x - max) is 0 and not NaN.
-__device__ __forceinline__ float finite_max(float m) {
-    return m == kNegInf ? 0.0f : m;
-}
-
-// kRowTiles: m16 tiles a warp owns; 1 also for a prefill tile of at most 64 rows.
-template <typename T, int D, int kRowTiles, bool kDecode>
+// kRowTiles: m16 tiles a warp owns; 1 also for a tile of at most 64 rows.
+template <typename T, int D, int kRowTiles>
 __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
                                        T* shared) {
     using Shape = MmaShape<D>;
     constexpr int kStride = Shape::kStride, kSlot = Shape::kSlot;
-    constexpr int kRing = kDecode ? Shape::kSlots : Shape::kSlots - kRowTiles;
-    constexpr int kKeyTiles = kDecode ? 2 : kTileKeys / 8;  // n8 tiles of keys a warp multiplies in a block of keys
+    constexpr int kRing = Shape::kSlots - kRowTiles;
+    constexpr int kKeyTiles = kTileKeys / 8;
     static_assert(kRing >= 2);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, group_row = lane / 4;
     const int num_blocks = max(0, work.end - work.begin + kTileKeys - 1) / kTileKeys;
     const uint32_t q_shared = shared_address(shared);
-    const uint32_t ring = q_shared + (kDecode ? 0 : kRowTiles * kSlot * 2);
-    const bool active = kDecode || warp * 16 < work.rows;
+    const uint32_t ring = q_shared + kRowTiles * kSlot * 2;
+    const bool active = warp * 16 < work.rows;
 
-    const auto q_row = [&](int row) {
-        const int token = (work.first_row + row) / a.group, head = (work.first_row + row) % a.group;
-        return static_cast<const T*>(a.p.q) + (work.q_begin + token) * a.p.q_token_stride +
-               (kv_head * a.group + head) * a.p.q_head_stride;
-    };
-
-    // --- Queries: fragments straight from global memory (decode), or all of them to shared memory -------------------
-    [[maybe_unused]] uint32_t q_fragments[kDecode ? D / 16 : 1][4];
-    if constexpr (kDecode) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = group_row + half * 8;
-            const bool valid = row < work.rows;
-            const T* q = q_row(valid ? row : 0) + quad * 2;
-#pragma unroll
-            for (int i = 0; i < D / 16; ++i) {
-                q_fragments[i][half] = valid ? *reinterpret_cast<const uint32_t*>(q + i * 16) : 0;
-                q_fragments[i][half + 2] = valid ? *reinterpret_cast<const uint32_t*>(q + i * 16 + 8) : 0;
-            }
-        }
-    } else {
-        constexpr int kPieces = D / 8;
-        for (int piece = threadIdx.x; piece < kRowTiles * 64 * kPieces; piece += kThreads) {
-            const int row = piece / kPieces, column = piece % kPieces * 8;
-            const bool valid = row < work.rows;
-            cp_async_16(q_shared + (row * kStride + column) * 2, q_row(valid ? row : 0) + column, valid);
-        }
+    // --- Queries to shared memory
+    // -------------------------------------------------------------------------------------
+    constexpr int kPieces = D / 8;
+    for (int piece = threadIdx.x; piece < kRowTiles * 64 * kPieces; piece += kThreads) {
+        const int row = piece / kPieces, column = piece % kPieces * 8;
+        const bool valid = row < work.rows;
+        const T* q = static_cast<const T*>(a.p.q) + row_of_q(a, work, kv_head, valid ? row : 0);
+        cp_async_16(q_shared + (row * kStride + column) * 2, q + column, valid);
     }
 
     // --- The ring: half step 2j multiplies by K of block j, half step 2j + 1 by its V --------------------------------
@@ -229,11 +143,7 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     // Waits for the half step's slot, then refills the one read in the half step before.
     const auto advance = [&](int half_step) {
         cp_async_wait<kRing - 2>();
-        if constexpr (kDecode) {
-            __syncwarp();
-        } else {
-            __syncthreads();
-        }
+        __syncthreads();
         fetch(half_step + kRing - 1);
         const uint32_t slot = ring + read_slot * kSlot * 2;
         read_slot = read_slot + 1 == kRing ? 0 : read_slot + 1;
@@ -251,10 +161,9 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
         row_max[i][0] = row_max[i][1] = kNegInf;
     }
     // Lane addresses within a slot (common/ptx/ldmatrix.cuh): K's rows are B's columns, V is transposed on the way.
-    const int warp_keys = kDecode ? warp * 16 : 0;
-    const uint32_t k_lane = ((warp_keys + lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8) * 2;
-    const uint32_t v_lane = ((warp_keys + lane % 16) * kStride + lane / 16 * 8) * 2;
-    [[maybe_unused]] const uint32_t q_lane = q_shared + ((warp * 16 + lane % 16) * kStride + lane / 16 * 8) * 2;
+    const uint32_t k_lane = ((lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8) * 2;
+    const uint32_t v_lane = (lane % 16 * kStride + lane / 16 * 8) * 2;
+    const uint32_t q_lane = q_shared + ((warp * 16 + lane % 16) * kStride + lane / 16 * 8) * 2;
 
     for (int block = 0; block < num_blocks; ++block) {
         // S = Q K^T
@@ -267,14 +176,7 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
                 uint32_t q[kRowTiles][4];
 #pragma unroll
                 for (int i = 0; i < kRowTiles; ++i) {
-                    if constexpr (kDecode) {
-                        q[i][0] = q_fragments[d][0];
-                        q[i][1] = q_fragments[d][1];
-                        q[i][2] = q_fragments[d][2];
-                        q[i][3] = q_fragments[d][3];
-                    } else {
-                        ldmatrix_x4(q[i], q_lane + (i * 64 * kStride + d * 16) * 2);
-                    }
+                    ldmatrix_x4(q[i], q_lane + (i * 64 * kStride + d * 16) * 2);
                 }
 #pragma unroll
                 for (int n = 0; n < kKeyTiles / 2; ++n) {
@@ -302,25 +204,18 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
                 }
             }
             const int block_begin = work.begin + block * kTileKeys;
-            const bool crosses = block_begin + kTileKeys > work.end ||
-                                 (a.p.causal && block_begin + kTileKeys - 1 > work.first_position) ||
-                                 (a.p.window > 0 && block_begin <= work.last_position - a.p.window);
-            if (crosses) {
+            if (work.crosses_edge(a, block_begin)) {
 #pragma unroll
                 for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const int row = (kDecode ? 0 : i * 64 + warp * 16) + group_row + half * 8;
-                        const int position = work.q_offset + (work.first_row + row) / a.group;
-                        const int end = a.p.causal ? min(work.end, position + 1) : work.end;
-                        const int begin = a.p.window > 0 ? position - a.p.window + 1 : 0;
-                        const int first_key = block_begin + warp_keys + quad * 2;
+                        const Visible visible(a, work, i * 64 + warp * 16 + group_row + half * 8);
+                        const int first_key = block_begin + quad * 2;
 #pragma unroll
                         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
                             for (int e = 0; e < 2; ++e) {
-                                const int key = first_key + n * 8 + e;
-                                if (key >= end || key < begin) {
+                                if (!visible(first_key + n * 8 + e)) {
                                     s[i][n][half * 2 + e] = kNegInf;
                                 }
                             }
@@ -395,10 +290,8 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
         }
     }
     cp_async_wait<0>();
-    pdl_launch_dependents();
 
-    // --- Sums over the quad; the maxima become powers of 2
-    // ------------------------------------------------------------
+    // --- Sums over the quad; the maxima become powers of 2 -----------------------------------------------------------
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -409,134 +302,33 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
         }
     }
 
-    if constexpr (kDecode) {
-        // --- The warps merge through the ring's memory: O [4][16][kMergeStride], (max, sum) [4][16][2]
-        // ----------------
-        float* merge_o = reinterpret_cast<float*>(shared);
-        float* merge_ms = merge_o + kWarps * kDecodeRows * Shape::kMergeStride;
-        __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = warp * kDecodeRows + group_row + half * 8;
+            const int row = i * 64 + warp * 16 + group_row + half * 8;
+            if (row < work.rows) {
+                if (item.num_splits == 1) {
+                    const float scale = row_sum[i][half] > 0.0f ? 1.0f / row_sum[i][half] : 0.0f;
+                    T* out = out_row<T>(a, work, kv_head, row) + quad * 2;
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                *reinterpret_cast<float2*>(merge_o + row * Shape::kMergeStride + n * 8 + quad * 2) =
-                    make_float2(o[0][n][half * 2], o[0][n][half * 2 + 1]);
-            }
-            if (quad == 0) {
-                *reinterpret_cast<float2*>(merge_ms + row * 2) = make_float2(row_max[0][half], row_sum[0][half]);
-            }
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < work.rows * (D / 4); i += kThreads) {
-            const int row = i / (D / 4), column = i % (D / 4) * 4;
-            float m = kNegInf, sum = 0.0f;
+                    for (int n = 0; n < D / 8; ++n) {
+                        *reinterpret_cast<uint32_t*>(out + n * 8) =
+                            pack_pair<T>(o[i][n][half * 2] * scale, o[i][n][half * 2 + 1] * scale);
+                    }
+                } else {
+                    float* partial = partial_row<D>(a, item, work, kv_head, item.split, row);
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                m = fmaxf(m, merge_ms[(w * kDecodeRows + row) * 2]);
-            }
-            float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                const int from = w * kDecodeRows + row;
-                const float weight = exp2_approx(merge_ms[from * 2] - finite_max(m));
-                sum += weight * merge_ms[from * 2 + 1];
-                add_scaled(x, *reinterpret_cast<const float4*>(merge_o + from * Shape::kMergeStride + column), weight);
-            }
-            if (item.num_splits == 1) {
-                store_four(out_row<T>(a, work, kv_head, row) + column, x, sum > 0.0f ? 1.0f / sum : 0.0f);
-            } else {
-                float* partial = partial_row<D>(a, item, work, kv_head, item.split, row);
-                *reinterpret_cast<float4*>(partial + column) = x;
-                if (column == 0) {
-                    *reinterpret_cast<float2*>(partial + D) = make_float2(m, sum);
-                }
-            }
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = i * 64 + warp * 16 + group_row + half * 8;
-                if (row < work.rows) {
-                    if (item.num_splits == 1) {
-                        const float scale = row_sum[i][half] > 0.0f ? 1.0f / row_sum[i][half] : 0.0f;
-                        T* out = out_row<T>(a, work, kv_head, row) + quad * 2;
-#pragma unroll
-                        for (int n = 0; n < D / 8; ++n) {
-                            *reinterpret_cast<uint32_t*>(out + n * 8) =
-                                pack_pair<T>(o[i][n][half * 2] * scale, o[i][n][half * 2 + 1] * scale);
-                        }
-                    } else {
-                        float* partial = partial_row<D>(a, item, work, kv_head, item.split, row);
-#pragma unroll
-                        for (int n = 0; n < D / 8; ++n) {
-                            *reinterpret_cast<float2*>(partial + n * 8 + quad * 2) =
-                                make_float2(o[i][n][half * 2], o[i][n][half * 2 + 1]);
-                        }
-                        if (quad == 0) {
-                            *reinterpret_cast<float2*>(partial + D) = make_float2(row_max[i][half], row_sum[i][half]);
-                        }
+                    for (int n = 0; n < D / 8; ++n) {
+                        *reinterpret_cast<float2*>(partial + n * 8 + quad * 2) =
+                            make_float2(o[i][n][half * 2], o[i][n][half * 2 + 1]);
+                    }
+                    if (quad == 0) {
+                        *reinterpret_cast<float2*>(partial + D) = make_float2(row_max[i][half], row_sum[i][half]);
                     }
                 }
             }
         }
-    }
-}
-
-// Called by every item of a split tile once its partial rows are written; the last to come adds up all of them.
-template <typename T, int D>
-__device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
-                                float* weights) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, splits = item.num_splits;
-    __threadfence();
-    __syncthreads();
-    bool last = false;
-    if (threadIdx.x == 0) {
-        // Wraps to 0 at the last, ready for the next launch. The map is const to its readers but for these counters.
-        int32_t* counters = const_cast<int32_t*>(a.p.work_map) + kHeaderInts;
-        const unsigned before = atomicInc(
-            reinterpret_cast<unsigned*>(counters + static_cast<int64_t>(item.counter) * a.p.num_kv_heads + kv_head),
-            splits - 1);
-        last = before == static_cast<unsigned>(splits - 1);
-    }
-    if (!__syncthreads_or(last)) {
-        return;
-    }
-    __threadfence();
-
-    for (int row = warp; row < work.rows; row += kWarps) {
-        float m = kNegInf, sum = 0.0f;
-        for (int s = lane; s < splits; s += 32) {
-            m = fmaxf(m, __ldcg(partial_row<D>(a, item, work, kv_head, s, row) + D));
-        }
-        m = finite_max(warp_max(m));
-        for (int s = lane; s < splits; s += 32) {
-            const float2 part =
-                __ldcg(reinterpret_cast<const float2*>(partial_row<D>(a, item, work, kv_head, s, row) + D));
-            const float weight = exp2_approx(part.x - m);
-            weights[row * splits + s] = weight;
-            sum += weight * part.y;
-        }
-        sum = warp_sum(sum);
-        const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
-        for (int s = lane; s < splits; s += 32) {
-            weights[row * splits + s] *= scale;
-        }
-    }
-    __syncthreads();
-    const int64_t split_stride = static_cast<int64_t>(work.rows) * a.p.num_kv_heads * (D + kPartialExtra);
-    for (int i = threadIdx.x; i < work.rows * (D / 4); i += kThreads) {
-        const int row = i / (D / 4), column = i % (D / 4) * 4;
-        const float* partial = partial_row<D>(a, item, work, kv_head, 0, row) + column;
-        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-        for (int s = 0; s < splits; ++s) {
-            add_scaled(x, __ldcg(reinterpret_cast<const float4*>(partial + s * split_stride)),
-                       weights[row * splits + s]);
-        }
-        store_four(out_row<T>(a, work, kv_head, row) + column, x, 1.0f);
     }
 }
 
@@ -546,25 +338,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     extern __shared__ __align__(16) unsigned char shared_bytes[];
     T* shared = reinterpret_cast<T*>(shared_bytes);
     const int kv_head = blockIdx.y;
-    if (!a.beside_prefill) {
-        pdl_wait();
-    }
-    const WorkItem item = reinterpret_cast<const WorkItem*>(a.p.work_map + a.item_offset)[blockIdx.x];
-    if (static_cast<int>(blockIdx.x) < a.p.work_map[0] && (a.p.page_size == 0 || item.len_k > 0)) {
+    pdl_launch_dependents();
+    const WorkItem item = reinterpret_cast<const WorkItem*>(a.p.work_map + a.prefill_item_offset)[blockIdx.x];
+    if (static_cast<int>(blockIdx.x) < a.p.work_map[1] && (a.p.page_size == 0 || item.len_k > 0)) {
         const Work work(a, item, MmaShape<D>::kRows);
-        if (item.len_q * a.group <= kDecodeRows) {
-            attend<T, D, 1, true>(a, item, work, kv_head, shared);
-        } else if (MmaShape<D>::kRowTiles == 1 || work.rows <= 64) {
-            attend<T, D, 1, false>(a, item, work, kv_head, shared);
+        if (MmaShape<D>::kRowTiles == 1 || work.rows <= 64) {
+            attend<T, D, 1>(a, item, work, kv_head, shared);
         } else if constexpr (MmaShape<D>::kRowTiles > 1) {
-            attend<T, D, MmaShape<D>::kRowTiles, false>(a, item, work, kv_head, shared);
+            attend<T, D, MmaShape<D>::kRowTiles>(a, item, work, kv_head, shared);
         }
         if (item.num_splits > 1) {
-            combine_if_last<T, D>(a, item, work, kv_head, reinterpret_cast<float*>(shared_bytes));
+            combine_if_last<T, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared_bytes));
         }
     }
-    if (a.beside_prefill && blockIdx.x == 0 && blockIdx.y == 0) {
-        pdl_wait();  // one block is enough: no kernel after this one passes its own wait before this block ends
+    if (blockIdx.x == 0 && blockIdx.y == 0) {
+        pdl_wait();  // for attention_decode: whoever waits for this kernel has waited for both
     }
 }
 

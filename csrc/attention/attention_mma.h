@@ -13,13 +13,16 @@ namespace fastkernels {
 struct AttentionMmaArgs {
     AttentionParams p;
     int32_t group;        // query heads a KV head
+    uint32_t per_group;   // 2^24 / group, rounded up: row / group is row * per_group / 2^24
     int32_t page_shift;   // log2(page_size)
     uint32_t page_rows;   // rows of head_dim elements in a page, K and V of all heads
     float exponent;       // the weight of a score s is 2^(exponent * s); with a soft cap s is the tanh
     float tanh_exponent;  // e^2x = 2^(tanh_exponent * score), x = scale * score / soft_cap
-    int64_t item_offset;
-    // attention_sm90 was launched just before, for the prefill items of this call, and the two run side by side: this
-    // kernel does not wait for that one to end, but ends after it (attention.cu).
+    int64_t item_offset, prefill_item_offset;  // in the work map
+    int32_t prefill_rows;                      // of a prefill tile, as the plan cut them
+    unsigned first_wave;                       // blocks of attention_decode that the GPU holds at once
+    // attention_sm90 was launched just before, for the prefill items of this call, and the two run side by side:
+    // attention_decode does not wait for it to end, but ends after it (attention.cu).
     bool beside_prefill;
 };
 

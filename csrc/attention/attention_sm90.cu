@@ -68,15 +68,19 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
     check(rows < int64_t{1} << 31, "attention takes caches of fewer than 2^31 rows of head_dim elements, got ", rows);
     const int64_t v_rows = paged ? rows - a.page_rows / 2 : rows;
     const int kv_heads = paged ? 1 : p.num_kv_heads;
-    const void* k = rows > 0 ? p.k : p.q;  // without keys none is loaded
-    const void* v = rows > 0 ? p.v : p.q;
+    const CUtensorMap q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride,
+                                         p.q_token_stride, a.group, tile_tokens);
+    const auto keys_map = [&](const void* keys, int64_t key_rows, int64_t head_stride, int64_t token_stride) {
+        return key_rows == 0 ? q_map  // never loaded from; the driver refuses a tensor without rows
+                             : tensor_map(keys, p.dtype, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1,
+                                          box_keys);
+    };
     const Sm90Args args{
-        .q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride, p.q_token_stride,
-                            a.group, tile_tokens),
-        .k_map = tensor_map(k, p.dtype, p.head_dim, kv_heads, rows, p.k_head_stride, p.k_token_stride, 1, box_keys),
-        .v_map = tensor_map(v, p.dtype, p.head_dim, kv_heads, v_rows, p.v_head_stride, p.v_token_stride, 1, box_keys),
+        .q_map = q_map,
+        .k_map = keys_map(p.k, rows, p.k_head_stride, p.k_token_stride),
+        .v_map = keys_map(p.v, v_rows, p.v_head_stride, p.v_token_stride),
         .a = a,
-        .item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms),
+        .item_offset = a.prefill_item_offset,
         .tile_tokens = tile_tokens,
         .inverse_group = 1.0f / static_cast<float>(a.group),
         .box_shift = std::countr_zero(static_cast<uint32_t>(box_keys)),

@@ -1,8 +1,8 @@
 // The work map of a step: which block does which row tile over which part of the keys (host/attention_work_map.h).
 //
 // One block, three phases: (1) a scan over the sequences counts their row tiles; (2) a thread a tile counts the blocks
-// of keys the tile sees, whose sum W over a list gives the length of its splits, c = ceil(W / target_items) but at
-// least kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
+// of keys the tile sees, whose sum W over a list gives the length of its splits, c = ceil(W / target) but at least
+// kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
 // So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Tiles of a
 // sequence come last first, since under a causal mask those see most keys.
 // Bytes: 8 a sequence read, 48 an item written.
@@ -39,16 +39,16 @@ __device__ uint64_t block_exclusive_scan(uint64_t x, uint64_t* total, uint64_t* 
 // One of the two lists of items.
 struct List {
     int64_t item_offset;
+    int64_t most_items;
+    int32_t target;  // items a KV head to aim at
     int32_t first_counter, first_partial_row;
     int32_t min_split_blocks;
 };
 
 struct PlanArgs {
     AttentionPlanParams p;
-    int32_t group, tile_rows, target, num_counters, num_sms;
-    int64_t most_items;  // of a list
-    bool sm90;           // prefill tiles make the second list
-    List lists[2];       // decode, prefill
+    int32_t group, decode_rows, tile_rows, num_counters, num_sms;
+    List lists[2];  // decode, prefill
 };
 
 struct Lengths {
@@ -66,7 +66,7 @@ __device__ __forceinline__ Lengths lengths(const AttentionPlanParams& p, int seq
 
 __device__ __forceinline__ int count_tiles(int len_q, const PlanArgs& a) {
     const int64_t rows = static_cast<int64_t>(len_q) * a.group;
-    return rows <= kDecodeRows ? (rows > 0) : static_cast<int>((rows + a.tile_rows - 1) / a.tile_rows);
+    return rows <= a.decode_rows ? (rows > 0) : static_cast<int>((rows + a.tile_rows - 1) / a.tile_rows);
 }
 
 struct Tile {
@@ -102,7 +102,7 @@ __device__ Tile find_tile(int t, const int* first_tile, const PlanArgs& a) {
 }
 
 __device__ __forceinline__ int list_of(const Lengths& s, const PlanArgs& a) {
-    return a.sm90 && static_cast<int64_t>(s.len_q) * a.group > kDecodeRows;
+    return static_cast<int64_t>(s.len_q) * a.group > a.decode_rows;
 }
 
 // The items of a list, in the order of the tiles; returns their number. Every thread of the block calls it.
@@ -118,8 +118,10 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
         if (t < num_tiles) {
             tile = find_tile(t, first_tile, a);
             if (list_of(tile.lengths, a) == list) {
-                splits = static_cast<int>((tile.key_blocks + blocks_per_split - 1) / blocks_per_split);
-                splits = max(1, min(splits, max_splits(tile.rows)));
+                // A tile that is longer than a split by a sixteenth stays whole.
+                splits = static_cast<int>((tile.key_blocks - blocks_per_split / 16 + blocks_per_split - 1) /
+                                          blocks_per_split);
+                splits = max(1, min(splits, list == 0 ? kMaxDecodeSplits : max_splits(tile.rows)));
             }
         }
         const bool split = splits > 1;
@@ -132,7 +134,7 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
         const int partial_row = a.lists[list].first_partial_row + static_cast<int>(before >> 24 & 0xffffff);
         const int counter = a.lists[list].first_counter + static_cast<int>(before >> 48);
         for (int s = 0; s < splits; ++s) {
-            if (first_item + s < a.most_items) {
+            if (first_item + s < a.lists[list].most_items) {
                 int4* item = reinterpret_cast<int4*>(items + first_item + s);
                 item[0] = make_int4(tile.seq, tile.index, s, splits);
                 item[1] = make_int4(partial_row, counter, tile.lengths.q_begin, tile.lengths.len_q);
@@ -140,7 +142,7 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
             }
         }
     }
-    return min(static_cast<int64_t>(done & 0xffffff), a.most_items);
+    return min(static_cast<int64_t>(done & 0xffffff), a.lists[list].most_items);
 }
 
 // How many SMs the prefill items of a mixed step take at once; the decode items begin on the others, and go on wherever
@@ -188,21 +190,16 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     uint64_t all_key_blocks[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (i == 1 && !a.sm90) {
-            break;
-        }
         block_exclusive_scan(key_blocks[i], &all_key_blocks[i], scratch);
+        const int64_t target = a.lists[i].target;
         const int64_t blocks_per_split = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
-                                             static_cast<int64_t>((all_key_blocks[i] + a.target - 1) / a.target));
+                                             (static_cast<int64_t>(all_key_blocks[i]) + target - 1) / target);
         const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
         if (thread == 0) {
             a.p.work_map[i] = static_cast<int>(num_items);
         }
     }
     if (thread == 0) {
-        if (!a.sm90) {
-            a.p.work_map[1] = 0;
-        }
         a.p.work_map[2] = 0;
         a.p.work_map[3] = prefill_sms(all_key_blocks[0], all_key_blocks[1], a.tile_rows, a.num_sms);
     }
@@ -219,25 +216,28 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
     check(reinterpret_cast<uintptr_t>(p.work_map) % 16 == 0, "the work map must be aligned to 16 bytes");
     const int group = p.num_q_heads / p.num_kv_heads, sms = num_sms();
     const int64_t target = target_items(p.num_kv_heads, sms);
+    const int64_t decode_target = decode_target_items(p.num_kv_heads, sms);
     const bool sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, group, p.dtype);
     const PlanArgs a{
         .p = p,
         .group = group,
+        .decode_rows = decode_rows(p.head_dim, group),
         .tile_rows = sm90 ? prefill_rows_sm90(p.head_dim, group) : prefill_rows(p.head_dim),
-        .target = static_cast<int32_t>(target),
         .num_counters = static_cast<int32_t>(num_counters(p.num_kv_heads, sms)),
         .num_sms = sms,
-        .most_items = max_items(p.num_tokens, p.num_seqs, group, p.num_kv_heads, sms),
-        .sm90 = sm90,
         .lists = {{.item_offset = work_map_item_offset(p.num_kv_heads, sms),
+                   .most_items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms),
+                   .target = static_cast<int32_t>(decode_target),
                    .first_counter = 0,
                    .first_partial_row = 0,
-                   .min_split_blocks = kMinSplitTiles},
-                  {.item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, group, p.num_kv_heads, sms),
-                   .first_counter = static_cast<int32_t>(target),
-                   .first_partial_row =
-                       static_cast<int32_t>(first_prefill_partial_row(p.num_tokens, group, p.num_kv_heads, sms)),
-                   .min_split_blocks = kMinPrefillSplitTiles}},
+                   .min_split_blocks = p.num_tokens < kFewTokens ? kMinSplitTilesOfFew : kMinSplitTiles},
+                  {.item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, p.num_kv_heads, sms),
+                   .most_items = max_prefill_items(p.num_tokens, p.num_seqs, group, p.num_kv_heads, sms),
+                   .target = static_cast<int32_t>(target),
+                   .first_counter = static_cast<int32_t>(decode_target),
+                   .first_partial_row = static_cast<int32_t>(
+                       first_prefill_partial_row(p.num_tokens, group, p.head_dim, p.num_kv_heads, sms)),
+                   .min_split_blocks = sm90 ? kMinPrefillSplitTiles : kMinSplitTiles}},
     };
     const size_t shared_bytes = static_cast<size_t>(p.num_seqs + 1) * sizeof(int);
     launch(attention_plan_kernel, {.grid = dim3(1), .block = dim3(kThreads), .shared_bytes = shared_bytes, .pdl = true},

@@ -17,8 +17,7 @@ AttentionParams common_params(const char* op, const Tensor& q, const Tensor& k, 
     check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) >= 1 &&
               cu_seqlens_q.scalar_type() == torch::headeronly::ScalarType::Int,
           op, ": cu_seqlens_q must be int32 [num_seqs + 1]");
-    check(k.scalar_type() == q.scalar_type() && y.scalar_type() == q.scalar_type(), op,
-          ": q, keys, values and out must share a dtype");
+    check(y.scalar_type() == q.scalar_type(), op, ": out must have the dtype of q");
     check(window >= 0 && window <= std::numeric_limits<int32_t>::max(), op, ": window must be a number of tokens");
     AttentionParams p{};
     p.q = in(q);
@@ -40,6 +39,7 @@ AttentionParams common_params(const char* op, const Tensor& q, const Tensor& k, 
     p.soft_cap = static_cast<float>(soft_cap);
     p.window = static_cast<int32_t>(window);
     p.dtype = dtype_of(q, "q");
+    p.kv_dtype = dtype_of(k, "k");
     return p;
 }
 
@@ -80,7 +80,8 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seql
     check(k.dim() == 3 && v.dim() == 3 && k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
               k.size(2) == q.size(2),
           "attention: k and v must be [num_keys, num_kv_heads, head_dim]");
-    check(v.scalar_type() == q.scalar_type(), "attention: q, keys, values and out must share a dtype");
+    check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+          "attention: q, keys, values and out must share a dtype");
     AttentionParams p = common_params("attention", q, k, cu_seqlens_q, work_map, workspace, scale, window, soft_cap, y);
     check(cu_seqlens_k.dim() == 1 && cu_seqlens_k.size(0) == cu_seqlens_q.size(0) &&
               cu_seqlens_k.scalar_type() == cu_seqlens_q.scalar_type(),
@@ -101,7 +102,8 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seql
 }
 
 void paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q,
-                     Tensor work_map, Tensor workspace, double scale, int64_t window, double soft_cap, Tensor y) {
+                     Tensor work_map, Tensor workspace, double scale, int64_t window, double soft_cap, Tensor y,
+                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, std::optional<Tensor> tree_mask) {
     check(kv_cache.dim() == 5 && kv_cache.size(1) == 2 && kv_cache.size(4) == q.size(2),
           "paged_attention: kv_cache must be [num_pages, 2, num_kv_heads, page_size, head_dim]");
     AttentionParams p =
@@ -116,6 +118,17 @@ void paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_le
     p.page_table_page_stride = page_table.stride(1);
     p.num_kv_heads = static_cast<int32_t>(kv_cache.size(2));
     p.page_size = static_cast<int32_t>(kv_cache.size(3));
+    check(p.kv_dtype == p.dtype || size_bytes(p.kv_dtype) == 1,
+          "paged_attention: kv_cache must have the dtype of q, or e4m3, e5m2 or int8");
+    p.k_scale = scales_of("paged_attention", "k_scale", k_scale, p.num_kv_heads);
+    p.v_scale = scales_of("paged_attention", "v_scale", v_scale, p.num_kv_heads);
+    if (tree_mask) {
+        check(tree_mask->dim() == 1 && tree_mask->size(0) == q.size(0) && tree_mask->is_contiguous() &&
+                  tree_mask->scalar_type() == torch::headeronly::ScalarType::Long,
+              "paged_attention: tree_mask must be contiguous int64 [num_tokens]");
+        p.tree_mask = static_cast<const int64_t*>(in(*tree_mask));
+    }
+    p.max_pages = page_table.size(1);
     p.causal = true;
     if (!q.is_cuda()) {
         check_cumulative("paged_attention", "cu_seqlens_q", p.cu_seqlens_q, p.num_seqs, p.num_tokens);
@@ -163,7 +176,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
         "Tensor(a!) workspace, float scale, bool causal, int window, float soft_cap, Tensor(b!) out) -> ()");
     m.def(
         "paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q, "
-        "Tensor work_map, Tensor(a!) workspace, float scale, int window, float soft_cap, Tensor(b!) out) -> ()");
+        "Tensor work_map, Tensor(a!) workspace, float scale, int window, float soft_cap, Tensor(b!) out, "
+        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? tree_mask=None) -> ()");
     m.def(
         "attention_plan(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seq_lens, int num_tokens, "
         "int num_q_heads, int num_kv_heads, int head_dim, int window, bool causal, ScalarType dtype, "

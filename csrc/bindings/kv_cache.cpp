@@ -5,7 +5,8 @@
 namespace fastkernels {
 namespace {
 
-void append_kv(Tensor k, Tensor v, Tensor kv_cache, Tensor slot_mapping) {
+void append_kv(Tensor k, Tensor v, Tensor kv_cache, Tensor slot_mapping, std::optional<Tensor> k_scale,
+               std::optional<Tensor> v_scale) {
     check(k.dim() == 3 && v.dim() == 3 && kv_cache.dim() == 5, "append_kv: k and v must have 3 dimensions, kv_cache 5");
     AppendKvParams p{};
     p.k = in(k);
@@ -25,8 +26,11 @@ void append_kv(Tensor k, Tensor v, Tensor kv_cache, Tensor slot_mapping) {
     check(kv_cache.size(1) == 2 && kv_cache.size(2) == k.size(1) && kv_cache.size(4) == k.size(2) &&
               kv_cache.is_contiguous(),
           "append_kv: kv_cache must be contiguous [num_pages, 2, num_kv_heads, page_size, head_dim]");
-    check(dtype_of(v, "v") == p.dtype && dtype_of(kv_cache, "kv_cache") == p.dtype,
-          "append_kv: v and kv_cache must have the dtype of k");
+    p.kv_dtype = dtype_of(kv_cache, "kv_cache");
+    check(dtype_of(v, "v") == p.dtype && (p.kv_dtype == p.dtype || size_bytes(p.kv_dtype) == 1),
+          "append_kv: v must have the dtype of k, kv_cache that or e4m3, e5m2 or int8");
+    p.k_scale = scales_of("append_kv", "k_scale", k_scale, p.num_kv_heads);
+    p.v_scale = scales_of("append_kv", "v_scale", v_scale, p.num_kv_heads);
     check(dtype_of(slot_mapping, "slot_mapping") == DType::i64 && slot_mapping.numel() == p.num_tokens &&
               slot_mapping.is_contiguous(),
           "append_kv: slot_mapping must be contiguous int64 [num_tokens]");
@@ -42,7 +46,9 @@ void register_kv_cache(torch::stable::detail::StableLibrary& m) {
 }  // namespace fastkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
-    m.def("append_kv(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+    m.def(
+        "append_kv(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? k_scale=None, "
+        "Tensor? v_scale=None) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_kv_cache)

@@ -57,14 +57,19 @@ void rope(Tensor q, Tensor k, Tensor positions, Tensor cos_sin, bool interleaved
 }
 
 void rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, bool interleaved, Tensor kv_cache,
-                    Tensor slot_mapping, Tensor q_out) {
+                    Tensor slot_mapping, Tensor q_out, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
     RopeParams p = rope_params("rope_append_kv", q, k, positions, cos_sin, interleaved, q_out);
     check(v.dim() == 3 && v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2) &&
               dtype_of(v, "v") == p.dtype,
           "rope_append_kv: v must be like k");
     check(kv_cache.dim() == 5 && kv_cache.size(1) == 2 && kv_cache.size(2) == p.num_kv_heads &&
-              kv_cache.size(4) == p.head_dim && kv_cache.is_contiguous() && dtype_of(kv_cache, "kv_cache") == p.dtype,
-          "rope_append_kv: kv_cache must be contiguous [num_pages, 2, num_kv_heads, page_size, head_dim] of q's dtype");
+              kv_cache.size(4) == p.head_dim && kv_cache.is_contiguous(),
+          "rope_append_kv: kv_cache must be contiguous [num_pages, 2, num_kv_heads, page_size, head_dim]");
+    p.kv_dtype = dtype_of(kv_cache, "kv_cache");
+    check(p.kv_dtype == p.dtype || size_bytes(p.kv_dtype) == 1,
+          "rope_append_kv: kv_cache must have the dtype of q, or e4m3, e5m2 or int8");
+    p.k_scale = scales_of("rope_append_kv", "k_scale", k_scale, p.num_kv_heads);
+    p.v_scale = scales_of("rope_append_kv", "v_scale", v_scale, p.num_kv_heads);
     check(dtype_of(slot_mapping, "slot_mapping") == DType::i64 && slot_mapping.numel() == p.num_tokens &&
               slot_mapping.is_contiguous(),
           "rope_append_kv: slot_mapping must be contiguous int64 [num_tokens]");
@@ -92,7 +97,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
         "Tensor(b!) k_out) -> ()");
     m.def(
         "rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, bool interleaved, "
-        "Tensor(a!) kv_cache, Tensor slot_mapping, Tensor(b!) q_out) -> ()");
+        "Tensor(a!) kv_cache, Tensor slot_mapping, Tensor(b!) q_out, Tensor? k_scale=None, Tensor? v_scale=None) -> "
+        "()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_rope)

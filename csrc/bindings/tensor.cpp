@@ -19,7 +19,11 @@ DType dtype_of(const Tensor& tensor, const char* name) {
         case ScalarType::BFloat16: return DType::bf16;
         case ScalarType::Int: return DType::i32;
         case ScalarType::Long: return DType::i64;
-        default: fail(name, " has a dtype that is not supported: fp32, fp16, bf16, int32 and int64 are");
+        case ScalarType::Float8_e4m3fn: return DType::e4m3;
+        case ScalarType::Float8_e5m2: return DType::e5m2;
+        case ScalarType::Char: return DType::i8;
+        default:
+            fail(name, " has a dtype that is not supported: fp32, fp16, bf16, int32, int64, e4m3, e5m2 and int8 are");
     }
 }
 
@@ -34,6 +38,16 @@ ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tens
           ": scales must be ", count, " contiguous fp32 values");
     return {static_cast<float*>(scales.mutable_data_ptr()), is_int8 ? ByteType::int8 : ByteType::e4m3,
             static_cast<ScaleKind>(kind)};
+}
+
+const float* scales_of(const char* op, const char* name, const std::optional<Tensor>& scales, int64_t num_kv_heads) {
+    if (!scales) {
+        return nullptr;
+    }
+    check(scales->dim() == 1 && scales->size(0) == num_kv_heads && scales->is_contiguous() &&
+              scales->scalar_type() == torch::headeronly::ScalarType::Float,
+          op, ": ", name, " must be contiguous fp32 [num_kv_heads]");
+    return static_cast<const float*>(in(*scales));
 }
 
 #if FASTKERNELS_WITH_CUDA

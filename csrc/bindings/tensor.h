@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
+
 #include "common/byte_scales.h"
 #include "common/check.h"
 #include "common/dtype.h"
@@ -25,6 +27,9 @@ ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tens
 inline const void* in(const Tensor& tensor) {
     return tensor.const_data_ptr();
 }
+// The scales of a cache of one-byte elements, fp32 [num_kv_heads]; null where none are given.
+const float* scales_of(const char* op, const char* name, const std::optional<Tensor>& scales, int64_t num_kv_heads);
+
 inline void* out(const Tensor& tensor) {
     return tensor.mutable_data_ptr();
 }

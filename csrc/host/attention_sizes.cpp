@@ -15,13 +15,14 @@ AttentionSizes attention_sizes(int64_t num_tokens, int64_t num_seqs, int32_t num
           "num_q_heads must be a multiple of num_kv_heads, got ", num_q_heads, " and ", num_kv_heads);
     check(head_dim > 0 && num_sms > 0, "head_dim and num_sms must be positive, got ", head_dim, " and ", num_sms);
     const int32_t group = num_q_heads / num_kv_heads;
-    const int64_t items = max_items(num_tokens, num_seqs, group, num_kv_heads, num_sms);
-    // Either attention_mma runs all tiles, or decode tiles and those of attention_sm90 lie one behind the other.
-    const int64_t rows_mma = max_split_rows(num_tokens, group, prefill_rows(head_dim), num_kv_heads, num_sms);
-    const int64_t rows_sm90 = first_prefill_partial_row(num_tokens, group, num_kv_heads, num_sms) +
-                              max_split_rows(num_tokens, group, prefill_rows_sm90(head_dim, 1), num_kv_heads, num_sms);
-    return {.work_map_ints = work_map_item_offset(num_kv_heads, num_sms) + 2 * items * kItemInts,
-            .workspace_floats = std::max(rows_mma, rows_sm90) * num_kv_heads * (head_dim + kPartialExtra)};
+    const int64_t first_prefill_row = first_prefill_partial_row(num_tokens, group, head_dim, num_kv_heads, num_sms);
+    const int most_rows = std::max(prefill_rows(head_dim), prefill_rows_sm90(head_dim, 1));
+    const int64_t rows =
+        first_prefill_row + max_split_rows(num_tokens, group, most_rows, target_items(num_kv_heads, num_sms));
+    const int64_t prefill_items = max_prefill_items(num_tokens, num_seqs, group, num_kv_heads, num_sms);
+    return {.work_map_ints =
+                work_map_prefill_item_offset(num_tokens, num_seqs, num_kv_heads, num_sms) + prefill_items * kItemInts,
+            .workspace_floats = rows * num_kv_heads * (head_dim + kPartialExtra)};
 }
 
 }  // namespace fastkernels

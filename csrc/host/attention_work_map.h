@@ -2,13 +2,13 @@
 // the attention kernels that read it, and attention_sizes; no CUDA.
 //
 // The queries of one KV head are packed: row r of a sequence is (token r / group, head r % group), where group =
-// num_q_heads / num_kv_heads. A sequence of at most kDecodeRows rows is one decode tile, any other is cut into prefill
+// num_q_heads / num_kv_heads. A sequence of at most decode_rows rows is one decode tile, any other is cut into prefill
 // tiles. A tile's keys, cut into blocks of kTileKeys, are given to one work item or split among several, whose partial
 // results are then combined. Items of all KV heads are alike.
 //
 // There are two lists of items, since two kernels may run a step, the second beside the first:
-//   decode items    the decode tiles; where the GPU has no prefill kernel of its own, the prefill tiles too
-//   prefill items   the prefill tiles of attention_sm90 (attention/attention_sm90.h says when it runs)
+//   decode items    the decode tiles, for attention_decode
+//   prefill items   the prefill tiles, for attention_sm90 (attention/attention_sm90.h says when) or attention_mma
 //
 //   int32  [0], [1]                  number of decode items, of prefill items
 //   int32  [2], [3]                  the next prefill item, 0 between launches; blocks that share them
@@ -36,14 +36,22 @@ struct alignas(16) WorkItem {
 static_assert(sizeof(WorkItem) == 48);
 
 constexpr int kTileKeys = 64;
-constexpr int kDecodeRows = 16;
-constexpr int kMinSplitTiles = 4;          // 256 keys: below, the combination costs more than the split gains
-constexpr int kMinPrefillSplitTiles = 32;  // of prefill items, whose partial results are 8 times as large
-constexpr int kBlocksPerSm = 2;
+constexpr int kMinSplitTiles = 4;       // 256 keys: below, the combination costs more than the split gains,
+constexpr int kMinSplitTilesOfFew = 2;  // unless there are fewer tokens than kFewTokens and the GPU is idle
+constexpr int kFewTokens = 4;
+constexpr int kMinPrefillSplitTiles = 32;  // of attention_sm90, whose partial results are 8 times as large
+constexpr int kBlocksPerSm = 2;            // of attention_mma
+constexpr int kDecodeBlocksPerSm = 2;
+constexpr int kMaxDecodeSplits = 128;
 constexpr int kHeaderInts = 4;
 constexpr int kItemInts = sizeof(WorkItem) / sizeof(int32_t);
 constexpr int kPartialExtra = 4;  // floats of a partial row past its head_dim: max, sum, and two for alignment
 constexpr int kMaxCombinedRows = 1024;
+
+// Rows of a decode tile; two m16 tiles where the heads of one token take them.
+constexpr int decode_rows(int head_dim, int group) {
+    return group > 16 && group <= 32 && head_dim <= 128 ? 32 : 16;
+}
 
 // Rows of a prefill tile of attention_mma.
 constexpr int prefill_rows(int head_dim) {
@@ -62,46 +70,57 @@ constexpr int64_t target_items(int num_kv_heads, int num_sms) {
     return (static_cast<int64_t>(kBlocksPerSm) * num_sms + num_kv_heads - 1) / num_kv_heads;
 }
 
+// Splits of decode tiles aim at one wave of attention_decode, which at worst leaves less idle than more splits cost.
+constexpr int64_t decode_target_items(int num_kv_heads, int num_sms) {
+    const int64_t items = static_cast<int64_t>(kDecodeBlocksPerSm) * num_sms / num_kv_heads;
+    return items > 1 ? items : 1;
+}
+
 // A block combines rows * num_splits <= kMaxCombinedRows partial rows, or 8 splits of more rows.
 constexpr int max_splits(int rows) {
     return kMaxCombinedRows / rows > 8 ? kMaxCombinedRows / rows : 8;
 }
 
-// 64: no tile but a sequence's last has fewer rows, whichever kernel runs it.
-constexpr int64_t max_tiles(int64_t num_tokens, int64_t num_seqs, int group) {
-    const int64_t most_seqs = num_seqs < num_tokens ? num_seqs : num_tokens;
-    return most_seqs + num_tokens * group / 64;
+constexpr int64_t most_seqs(int64_t num_tokens, int64_t num_seqs) {
+    return num_seqs < num_tokens ? num_seqs : num_tokens;
 }
 
-// With splits of at least c blocks of keys, where c * target_items >= all blocks of all tiles: a tile of n blocks
-// makes ceil(n / c) <= n / c + 1 items, so all tiles together make at most target_items more than one each ...
-constexpr int64_t max_items(int64_t num_tokens, int64_t num_seqs, int group, int num_kv_heads, int num_sms) {
-    return max_tiles(num_tokens, num_seqs, group) + target_items(num_kv_heads, num_sms);
+// With splits of at least c blocks of keys, where c * target >= all blocks of all tiles of a list: a tile of n blocks
+// makes ceil(n / c) <= n / c + 1 items, so all tiles together make at most target more than one each ...
+constexpr int64_t max_decode_items(int64_t num_tokens, int64_t num_seqs, int num_kv_heads, int num_sms) {
+    return most_seqs(num_tokens, num_seqs) + decode_target_items(num_kv_heads, num_sms);
 }
 
-// ... and those that are split (n > c, so n / c + 1 < 2 * n / c) at most twice target_items, of so many rows each.
-constexpr int64_t max_split_rows(int64_t num_tokens, int group, int tile_rows, int num_kv_heads, int num_sms) {
+// A sequence that is cut into prefill tiles has more than 16 rows, and no tile but its last has fewer than 64,
+// whichever kernel runs it.
+constexpr int64_t max_prefill_items(int64_t num_tokens, int64_t num_seqs, int group, int num_kv_heads, int num_sms) {
+    const int64_t rows = num_tokens * group, seqs = most_seqs(num_tokens, num_seqs);
+    return (seqs < rows / 17 ? seqs : rows / 17) + rows / 64 + target_items(num_kv_heads, num_sms);
+}
+
+// ... and those that are split (n > c, so n / c + 1 < 2 * n / c) at most twice the target, of so many rows each.
+constexpr int64_t max_split_rows(int64_t num_tokens, int group, int tile_rows, int64_t target) {
     const int64_t rows = num_tokens * group;
-    return (rows < tile_rows ? rows : tile_rows) * 2 * target_items(num_kv_heads, num_sms);
+    return (rows < tile_rows ? rows : tile_rows) * 2 * target;
 }
 
 // The partial results of prefill items lie behind those of decode tiles.
-constexpr int64_t first_prefill_partial_row(int64_t num_tokens, int group, int num_kv_heads, int num_sms) {
-    return max_split_rows(num_tokens, group, kDecodeRows, num_kv_heads, num_sms);
+constexpr int64_t first_prefill_partial_row(int64_t num_tokens, int group, int head_dim, int num_kv_heads,
+                                            int num_sms) {
+    return max_split_rows(num_tokens, group, decode_rows(head_dim, group), decode_target_items(num_kv_heads, num_sms));
 }
 
 constexpr int64_t num_counters(int num_kv_heads, int num_sms) {
-    return 2 * target_items(num_kv_heads, num_sms) * num_kv_heads;
+    return (decode_target_items(num_kv_heads, num_sms) + target_items(num_kv_heads, num_sms)) * num_kv_heads;
 }
 
 constexpr int64_t work_map_item_offset(int num_kv_heads, int num_sms) {
     return kHeaderInts + (num_counters(num_kv_heads, num_sms) + 3) / 4 * 4;
 }
 
-constexpr int64_t work_map_prefill_item_offset(int64_t num_tokens, int64_t num_seqs, int group, int num_kv_heads,
-                                               int num_sms) {
+constexpr int64_t work_map_prefill_item_offset(int64_t num_tokens, int64_t num_seqs, int num_kv_heads, int num_sms) {
     return work_map_item_offset(num_kv_heads, num_sms) +
-           max_items(num_tokens, num_seqs, group, num_kv_heads, num_sms) * kItemInts;
+           max_decode_items(num_tokens, num_seqs, num_kv_heads, num_sms) * kItemInts;
 }
 
 }  // namespace fastkernels

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const Norm
     if constexpr (kQuantized) {
         if (p.bytes.kind == ScaleKind::token) {
             largest = warp_reduce(largest, fmaxf);
-            if (threadIdx.x % 32 == 0) {
+            if (blockDim.x > 32 && threadIdx.x % 32 == 0) {
                 scratch[1][threadIdx.x / 32] = largest;  // row_reduce's barrier is before it is read
             }
         } else if (p.bytes.kind == ScaleKind::tensor) {

@@ -26,8 +26,17 @@ struct AttentionParams {
     const int32_t* work_map;  // [attention_sizes().work_map_ints]
     float* workspace;         // [attention_sizes().workspace_floats]
 
+    // Of a cache of one-byte elements: what an element of a KV head's keys, or values, is multiplied by; null is 1.
+    const float* k_scale;  // [num_kv_heads]
+    const float* v_scale;
+
+    // Of the new tokens of a sequence, those that a token sees: token i sees token j where bit j of its mask is set.
+    // For sequences of up to 64 new tokens; longer ones are causal. Null: all are. Paged and without a window only.
+    const int64_t* tree_mask;  // [num_tokens]
+
     int64_t num_tokens, num_seqs;
     int64_t num_keys;                       // rows of k and v; paged: pages of the cache
+    int64_t max_pages;                      // of a row of the page table
     int64_t q_token_stride, q_head_stride;  // elements
     int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
     int64_t out_token_stride, out_head_stride;
@@ -37,7 +46,8 @@ struct AttentionParams {
     float soft_cap;     // scores become soft_cap * tanh(scores / soft_cap); 0 is off
     int32_t window;     // a query sees itself and the window - 1 keys before it; 0 is off
     bool causal;        // query i of a sequence sees keys up to len_k - len_q + i; paged is always causal
-    DType dtype;        // of q, k, v and out
+    DType dtype;        // of q and out
+    DType kv_dtype;     // of k and v: dtype, or of a cache e4m3, e5m2 or i8
 };
 
 // Turns the lengths of a step, on the device, into the work map that the attention of every layer of that step

@@ -17,8 +17,12 @@ struct AppendKvParams {
     int64_t num_tokens, num_pages;
     int64_t k_token_stride, k_head_stride;  // elements
     int64_t v_token_stride, v_head_stride;
+    // Of a cache of one-byte elements: what is written is k / k_scale[head], to nearest and saturated; null is 1.
+    const float* k_scale;  // [num_kv_heads]
+    const float* v_scale;
     int32_t num_kv_heads, head_dim, page_size;
-    DType dtype;  // of k, v and kv_cache
+    DType dtype;     // of k and v
+    DType kv_dtype;  // of kv_cache: dtype, e4m3, e5m2 or i8
 };
 
 // Where the head_dim elements of a slot begin, in elements; kv is 0 for K, 1 for V.

@@ -19,9 +19,11 @@ struct RopeParams {
     void* q_out;     // like q; may be q
     void* k_out;     // like k; may be k; rope only
     void* kv_cache;  // [num_pages, 2, num_kv_heads, page_size, head_dim]; rope_append_kv only
-    const int64_t* slot_mapping;  // [num_tokens]; rope_append_kv only; slots as in kv_cache.h
-    const void* positions;        // [num_tokens] of position_dtype
-    const float* cos_sin;         // [max_position, rotary_dim], cosines in the first half of a row, sines in the second
+    const int64_t* slot_mapping;  // [num_tokens]; rope_append_kv only; slots and scales as in kv_cache.h
+    const float* k_scale;         // [num_kv_heads] or null; rope_append_kv only
+    const float* v_scale;
+    const void* positions;  // [num_tokens] of position_dtype
+    const float* cos_sin;   // [max_position, rotary_dim], cosines in the first half of a row, sines in the second
     int64_t num_tokens, max_position, num_pages;
     int64_t q_token_stride, q_head_stride;  // elements
     int64_t k_token_stride, k_head_stride;
@@ -30,7 +32,8 @@ struct RopeParams {
     int64_t k_out_token_stride, k_out_head_stride;
     int32_t num_q_heads, num_kv_heads, head_dim, rotary_dim, page_size;
     bool interleaved;
-    DType dtype;           // of q, k, v, their outputs and kv_cache
+    DType dtype;           // of q, k, v and their outputs
+    DType kv_dtype;        // of kv_cache: dtype, e4m3, e5m2 or i8; rope_append_kv only
     DType position_dtype;  // int32 or int64
 };
 

@@ -7,12 +7,16 @@ import torch
 from fastkernels import config
 from fastkernels.ops.attention_plan import AttentionPlan, check_cu_seqlens, check_lengths, plan_for
 from fastkernels.ops.checks import (
+    BYTE_DTYPES,
     FLOAT_DTYPES,
     as_tensor,
+    check_contiguous,
     check_device,
     check_dtype,
     check_last_contiguous,
+    check_scales,
     check_shape,
+    dtype_name,
     register_mutating_fake,
     require,
 )
@@ -94,6 +98,9 @@ def paged_attention(
     scale: float | None = None,
     window: int = 0,
     soft_cap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -102,15 +109,21 @@ def paged_attention(
     q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32; last dimension contiguous, any
                   stride of the others
     kv_cache:     [num_pages, 2, num_kv_heads, page_size, head_dim] contiguous (0 is K, 1 is V), dtype of q,
-                  with the keys of this step appended; page_size is a power of two, at least 8 on CUDA.
-                  head_dim as in ``attention``
+                  float8_e4m3fn, float8_e5m2 or int8 (on CUDA with q in bf16 or fp16), with the keys of this
+                  step appended; page_size is a power of two, at least 8 on CUDA. head_dim as in ``attention``
     page_table:   int32 [num_seqs, max_pages], any two strides: token t of sequence i lies in page
                   page_table[i, t // page_size]; entries past the sequence, or before its window, are not read
     seq_lens:     int32 [num_seqs]: tokens of a sequence, counting this step's; 0 skips it
     cu_seqlens_q: int32 [num_seqs + 1]: sequence i has the queries cu_seqlens_q[i] up to [i + 1], which are
                   its last tokens
+    k_scale, v_scale: fp32 [num_kv_heads], positive, of a cache of one-byte elements: a key is its bytes times
+                  k_scale of its head. 1 when None
+    tree_mask:    int64 [num_tokens], contiguous: token i of a sequence sees the new token j of that sequence
+                  where bit j of its mask is set (its own too), and all older ones. Sequences of more than 64
+                  new tokens stay causal. Without a window; on CUDA with q in bf16 or fp16
     scale, window, soft_cap, plan, out: as in ``attention``
-    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    Returns out. Accumulates in fp32; with a cache of bytes q is rounded to fp16, in which they are exact;
+    bitwise repeatable; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, device, length or page it does not take, naming what it
     does; lengths and pages in GPU memory are checked with FASTKERNELS_DEBUG=1 only.
     Source: Kwon et al. 2023; Dao et al. 2023 (split contexts). Kernels: csrc/attention/
@@ -119,7 +132,7 @@ def paged_attention(
     q, kv_cache, page_table = as_tensor(q), as_tensor(kv_cache), as_tensor(page_table)
     seq_lens, cu_seqlens_q = as_tensor(seq_lens), as_tensor(cu_seqlens_q)
     _check_q(op, q)
-    check_dtype(op, "kv_cache", kv_cache, (q.dtype,))
+    check_dtype(op, "kv_cache", kv_cache, (q.dtype, *BYTE_DTYPES))
     check_shape(
         op,
         "kv_cache",
@@ -138,10 +151,24 @@ def paged_attention(
     check_dtype(op, "page_table", page_table, (torch.int32,))
     check_shape(op, "page_table", page_table, (num_seqs, None), "[num_seqs, max_pages]")
     scale = _check_numbers(op, q, kv_cache.shape[2], scale, window, soft_cap)
+    check_scales(op, kv_cache, k_scale, v_scale)
+    if tree_mask is not None:
+        check_dtype(op, "tree_mask", tree_mask, (torch.int64,))
+        check_shape(op, "tree_mask", tree_mask, (q.shape[0],), "[num_tokens]")
+        check_contiguous(op, tree_mask=tree_mask)
+        require(window == 0, f"paged_attention: window is {window}, but a tree_mask takes none")
+    if q.device.type == "cuda" and (tree_mask is not None or kv_cache.dtype in BYTE_DTYPES):
+        what = "a tree_mask" if tree_mask is not None else f"a cache of {dtype_name(kv_cache.dtype)}"
+        require(
+            q.dtype != torch.float32 and scale > 0.0,
+            f"paged_attention: q is {dtype_name(q.dtype)} and scale {scale}, but with {what} the CUDA "
+            "kernels take bf16 and fp16 and a positive scale",
+        )
     out = _like_q(op, q, out)
     check_device(
         op,
         q=q,
+        tree_mask=tree_mask,
         kv_cache=kv_cache,
         page_table=page_table,
         seq_lens=seq_lens,
@@ -157,7 +184,20 @@ def paged_attention(
         _debug_pages(cu_seqlens_q, seq_lens, page_table, page_size, kv_cache.shape[0], window)
     work_map, workspace = plan_for(op, plan, q, kv_cache.shape[2], cu_seqlens_q, None, seq_lens, window, True)
     torch.ops.fastkernels.paged_attention(
-        q, kv_cache, page_table, seq_lens, cu_seqlens_q, work_map, workspace, scale, window, soft_cap, out
+        q,
+        kv_cache,
+        page_table,
+        seq_lens,
+        cu_seqlens_q,
+        work_map,
+        workspace,
+        scale,
+        window,
+        soft_cap,
+        out,
+        k_scale,
+        v_scale,
+        tree_mask,
     )
     return out
 

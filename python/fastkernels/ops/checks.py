@@ -10,6 +10,7 @@ from fastkernels.config import debug
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
+BYTE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)  # of a KV cache
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -72,6 +73,24 @@ def check_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, its strides are {list(x.stride())}")
+
+
+def check_scales(
+    op: str, kv_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+) -> None:
+    """The scales of a KV cache: given only where its elements are bytes, one for each KV head."""
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is None:
+            continue
+        require(
+            kv_cache.dtype in BYTE_DTYPES,
+            f"{op}: {name} is given, but kv_cache is {dtype_name(kv_cache.dtype)}; scales are for caches of "
+            + ", ".join(map(dtype_name, BYTE_DTYPES)),
+        )
+        check_dtype(op, name, scale, (torch.float32,))
+        check_shape(op, name, scale, (kv_cache.shape[2],), "[num_kv_heads]")
+        check_device(op, kv_cache=kv_cache, **{name: scale})
+        check_contiguous(op, **{name: scale})
 
 
 def check_range_in_debug(op: str, name: str, x: torch.Tensor, low: int, high: int, words: str) -> None:

@@ -66,20 +66,51 @@ def rope_append_kv(
     interleaved: bool,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (q rotated, the new cache)."""
     q, k = rope(q, k, positions, cos_sin, interleaved)
-    return q, append_kv(k, v, kv_cache, slot_mapping)
+    return q, append_kv(k, v, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
 
 
 # --- kv_cache -----------------------------------------------------------------------------------------------
 
 
+def to_cache_dtype(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x [num_tokens, num_kv_heads, head_dim] as the elements of a cache of this dtype."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    x = x.float() if scale is None else x.float() / scale[:, None]
+    if dtype == torch.int8:
+        return x.clamp(-127, 127).round().nan_to_num(0.0).to(dtype)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def from_cache_dtype(
+    kv_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    cache = kv_cache.to(dtype)
+    for kv, scale in enumerate((k_scale, v_scale)):
+        if scale is not None:
+            cache[:, kv] *= scale.to(dtype)[:, None, None]
+    return cache
+
+
 def append_kv(
-    k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the new cache."""
     cache, page_size = kv_cache.clone(), kv_cache.shape[3]
+    k, v = to_cache_dtype(k, k_scale, cache.dtype), to_cache_dtype(v, v_scale, cache.dtype)
     for token, slot in enumerate(slot_mapping.tolist()):
         if 0 <= slot < cache.shape[0] * page_size:
             cache[slot // page_size, 0, :, slot % page_size] = k[token]
@@ -123,7 +154,8 @@ def quantize(
         assert scales is not None
         by_row = scales.view(1, 1)
     else:
-        by_row = (rows.abs().amax(-1) / largest).clamp_min(2.0**-126)
+        most = rows.abs().amax(-1)  # by a tensor: torch on CUDA multiplies by the inverse of a Python number
+        by_row = (most / torch.full_like(most, largest)).clamp_min(2.0**-126)
         scales = by_row if per == "block" else by_row[:, 0]
     assert scales is not None
     y = (rows * (1.0 / by_row)[..., None]).flatten(1)
@@ -204,6 +236,7 @@ def attention(
     causal: bool = True,
     window: int = 0,
     soft_cap: float = 0.0,
+    tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows past cu_seqlens_q[-1] and queries that see no key are zeros."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -225,6 +258,10 @@ def attention(
         hidden = (key > own) if causal else torch.zeros_like(key > own)
         if window:
             hidden |= key <= own - window
+        if tree_mask is not None and len_q <= 64:
+            bits = tree_mask[starts_q[i] : starts_q[i + 1], None] >> torch.arange(len_q, device=q.device) & 1
+            hidden[:, : len_k - len_q] = False
+            hidden[:, len_k - len_q :] = bits == 0
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
         out[starts_q[i] : starts_q[i + 1]] = torch.einsum("hqk,khd->qhd", probabilities, values)
     return out
@@ -240,8 +277,12 @@ def paged_attention(
     scale: float | None = None,
     window: int = 0,
     soft_cap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     page_size = kv_cache.shape[3]
+    kv_cache = from_cache_dtype(kv_cache, k_scale, v_scale, q.dtype)
     keys, values = [kv_cache[:0, 0, :, 0]], [kv_cache[:0, 0, :, 0]]
     for i, length in enumerate(seq_lens.tolist()):
         # [pages, 2, num_kv_heads, page_size, head_dim]
@@ -259,4 +300,5 @@ def paged_attention(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        tree_mask=tree_mask,
     )

@@ -106,6 +106,8 @@ def rope_append_kv(
     slot_mapping: torch.Tensor,
     *,
     q_out: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """rope of q and k, then append_kv of the turned k and of v, in one kernel; k and v are not changed.
 
@@ -116,10 +118,12 @@ def rope_append_kv(
     cos_sin:      [max_position, rotary_dim] fp32, contiguous: cosines in the first half of a row, sines in
                   the second; rotary_dim is even and at most head_dim, the rest of a head is copied
     interleaved:  False: pair i is dimensions i and i + rotary_dim / 2 (NeoX). True: 2 i and 2 i + 1 (GPT-J)
-    kv_cache:     [num_pages, 2, num_kv_heads, page_size, head_dim], dtype of q, contiguous; changed in place
+    kv_cache:     [num_pages, 2, num_kv_heads, page_size, head_dim], dtype of q, float8_e4m3fn, float8_e5m2 or
+                  int8, contiguous; changed in place
     slot_mapping: [num_tokens] int64, page * page_size + offset; -1 skips the token's k and v. The slots of a
                   call must differ
     q_out:        like q, may be q itself; allocated when None
+    k_scale, v_scale: as in ``append_kv``
     Returns q_out. Computes in fp32 and rounds once; bitwise repeatable; safe in a CUDA graph. A position
     outside the table takes its nearest row and a slot past the cache is skipped; with FASTKERNELS_DEBUG set
     both raise.
@@ -135,10 +139,10 @@ def rope_append_kv(
     )
     kv_cache, slot_mapping = as_tensor(kv_cache), as_tensor(slot_mapping)
     _check_rope("rope_append_kv", q, k, positions, cos_sin)
-    check_cache("rope_append_kv", k, v, kv_cache, slot_mapping)
+    check_cache("rope_append_kv", k, v, kv_cache, slot_mapping, k_scale, v_scale)
     check_device("rope_append_kv", q=q, kv_cache=kv_cache)
     q_out = _check_out("rope_append_kv", "q_out", q_out, q, "q")
     torch.ops.fastkernels.rope_append_kv(
-        q, k, v, positions, cos_sin, interleaved, kv_cache, slot_mapping, q_out
+        q, k, v, positions, cos_sin, interleaved, kv_cache, slot_mapping, q_out, k_scale, v_scale
     )
     return q_out

@@ -1,0 +1,13 @@
+// attention_decode for head_dim 256, keys and values of one byte
+#include "attention/attention_decode.cuh"
+
+namespace fastkernels {
+
+template void attention_decode<e4m3, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<e4m3, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<e5m2, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<int8_t, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+
+}  // namespace fastkernels

@@ -1,0 +1,16 @@
+// attention_decode for head_dim 96, keys and values of one byte
+#include "attention/attention_decode.cuh"
+
+namespace fastkernels {
+
+template void attention_decode<e4m3, 96, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<e4m3, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<e5m2, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<int8_t, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+
+}  // namespace fastkernels

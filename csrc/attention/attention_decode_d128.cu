@@ -1,0 +1,13 @@
+// attention_decode for head_dim 128, keys and values in bf16 and fp16
+#include "attention/attention_decode.cuh"
+
+namespace fastkernels {
+
+template void attention_decode<bf16, 128, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 128, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 128, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 128, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<bf16, 128, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<fp16, 128, 2>(const AttentionMmaArgs&, dim3, void*);
+
+}  // namespace fastkernels

@@ -1,0 +1,11 @@
+// attention_decode for head_dim 256, keys and values in bf16 and fp16
+#include "attention/attention_decode.cuh"
+
+namespace fastkernels {
+
+template void attention_decode<bf16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<bf16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<fp16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
+
+}  // namespace fastkernels
