@@ -71,9 +71,9 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
     const CUtensorMap q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride,
                                          p.q_token_stride, a.group, tile_tokens);
     const auto keys_map = [&](const void* keys, int64_t key_rows, int64_t head_stride, int64_t token_stride) {
-        return key_rows == 0 ? q_map  // never loaded from; the driver refuses a tensor without rows
-                             : tensor_map(keys, p.dtype, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1,
-                                          box_keys);
+        return key_rows == 0
+                   ? q_map  // never loaded from; the driver refuses a tensor without rows
+                   : tensor_map(keys, p.dtype, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1, box_keys);
     };
     const Sm90Args args{
         .q_map = q_map,

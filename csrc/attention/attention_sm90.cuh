@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
         for (int i = 0; i < Shape::kQSlots; ++i) {
             mbarrier_init(shared_address(&shared.tile_full[i]), 1);
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
-            mbarrier_init(shared_address(&shared.q_empty[i]), Shape::kConsumers * 4 + Shape::kLoaders);
+            mbarrier_init(shared_address(&shared.q_empty[i]),
+                          Shape::kConsumers * 4 * kLanesArrive<D, kSoftCap> + Shape::kLoaders * 32);
         }
         for (int i = 0; i < Shape::kLoaders; ++i) {
             mbarrier_init(shared_address(&shared.tail[i]), 1);

@@ -369,7 +369,7 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
                 combine_if_last<T, D>(args, tile, &shared.last);
             }
             __syncwarp();
-            if (elected) {
+            if (kLanesArrive<D, kSoftCap> == 32 || elected) {
                 mbarrier_arrive(q_empty);
             }
         };

@@ -85,6 +85,7 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D
                          tile.kv_head * a.group, tile.first_token, q_full);
             }
         }
+        __syncwarp();  // shared.item has been read
         index = participants + __shfl_sync(0xffffffffu, taken, 0);
         word = item_word(index);
     }
@@ -173,10 +174,7 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>
             place.advance(kLoaders);
         }
         i -= 2 * num_blocks;
-        __syncwarp();
-        if (lane == 0) {
-            mbarrier_arrive(shared_address(&shared.q_empty[tile_place.slot]));
-        }
+        mbarrier_arrive(shared_address(&shared.q_empty[tile_place.slot]));
         tile_place.next();
     }
 }

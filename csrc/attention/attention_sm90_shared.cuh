@@ -30,6 +30,11 @@ struct Sm90Shared {
     int last;       // whether this block combines the tile's splits
 };
 
+// Lanes of a consumer warp that say it has done with a tile. One would do after __syncwarp(), and has to where
+// registers are short; but compute-sanitizer's racecheck only sees the order of what the arriving lane did itself.
+template <int D, bool kSoftCap>
+constexpr int kLanesArrive = D == 64 && kSoftCap ? 1 : 32;
+
 // Named barriers: 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;       // and the next ones: a consumer warpgroup's turn to issue
 constexpr int kGroupBarrier = 4;      // and the next ones: the four warps of a consumer warpgroup

@@ -3,9 +3,10 @@
 // One block, three phases: (1) a scan over the sequences counts their row tiles; (2) a thread a tile counts the blocks
 // of keys the tile sees, whose sum W over a list gives the length of its splits, c = ceil(W / target) but at least
 // kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
-// So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Tiles of a
-// sequence come last first, since under a causal mask those see most keys.
-// Bytes: 8 a sequence read, 48 an item written.
+// So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Decode items are
+// counted first, and c is raised until they fit one wave, since a few in a second one would be waited for; but not
+// where that leaves a third of the GPU idle. Tiles of a sequence come last first, since under a causal mask those see
+// most keys. Bytes: 8 a sequence read, 48 an item written.
 #include "attention/attention_sm90.h"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
@@ -105,6 +106,36 @@ __device__ __forceinline__ int list_of(const Lengths& s, const PlanArgs& a) {
     return static_cast<int64_t>(s.len_q) * a.group > a.decode_rows;
 }
 
+// Items of a tile of a list; one that is longer than a split by a sixteenth stays whole.
+__device__ __forceinline__ int count_splits(const Tile& tile, int list, int64_t blocks_per_split) {
+    const int64_t splits = (tile.key_blocks - blocks_per_split / 16 + blocks_per_split - 1) / blocks_per_split;
+    const int most = list == 0 ? kMaxDecodeSplits : max_splits(tile.rows);
+    return max(1, static_cast<int>(min(splits, static_cast<int64_t>(most))));
+}
+
+// Blocks of keys a split of decode tiles, c or as much more as makes their items fit one wave. Every thread of the
+// block calls it.
+__device__ int64_t fit_one_wave(int64_t c, int num_tiles, const int* first_tile, const PlanArgs& a, uint64_t* scratch) {
+    const int64_t wave = a.lists[0].target;
+    int64_t fitting = c, items = 0;
+    for (int attempt = 0; attempt < 12; ++attempt) {
+        uint64_t counts = 0, total;  // of items, and in the upper half of tiles
+        for (int t = threadIdx.x; t < num_tiles; t += kThreads) {
+            const Tile tile = find_tile(t, first_tile, a);
+            if (list_of(tile.lengths, a) == 0) {
+                counts += (uint64_t{1} << 32) + count_splits(tile, 0, fitting);
+            }
+        }
+        block_exclusive_scan(counts, &total, scratch);
+        items = static_cast<int64_t>(total & 0xffffffff);
+        if (items <= wave || static_cast<int64_t>(total >> 32) > wave) {
+            break;
+        }
+        fitting += max(fitting * (items - wave) / (2 * wave), int64_t{1});
+    }
+    return items * 10 >= wave * 7 ? fitting : c;
+}
+
 // The items of a list, in the order of the tiles; returns their number. Every thread of the block calls it.
 __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split, const int* first_tile,
                                const PlanArgs& a, uint64_t* scratch) {
@@ -118,10 +149,7 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
         if (t < num_tiles) {
             tile = find_tile(t, first_tile, a);
             if (list_of(tile.lengths, a) == list) {
-                // A tile that is longer than a split by a sixteenth stays whole.
-                splits = static_cast<int>((tile.key_blocks - blocks_per_split / 16 + blocks_per_split - 1) /
-                                          blocks_per_split);
-                splits = max(1, min(splits, list == 0 ? kMaxDecodeSplits : max_splits(tile.rows)));
+                splits = count_splits(tile, list, blocks_per_split);
             }
         }
         const bool split = splits > 1;
@@ -192,8 +220,11 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     for (int i = 0; i < 2; ++i) {
         block_exclusive_scan(key_blocks[i], &all_key_blocks[i], scratch);
         const int64_t target = a.lists[i].target;
-        const int64_t blocks_per_split = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
-                                             (static_cast<int64_t>(all_key_blocks[i]) + target - 1) / target);
+        int64_t blocks_per_split = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
+                                       (static_cast<int64_t>(all_key_blocks[i]) + target - 1) / target);
+        if (i == 0) {
+            blocks_per_split = fit_one_wave(blocks_per_split, static_cast<int>(num_tiles), first_tile, a, scratch);
+        }
         const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
         if (thread == 0) {
             a.p.work_map[i] = static_cast<int>(num_items);

@@ -37,6 +37,7 @@ struct LaunchConfig {
     size_t shared_bytes = 0;
     // The kernel calls pdl_wait() before it touches what an earlier kernel writes (common/ptx/pdl.cuh).
     bool pdl = false;
+    unsigned cluster = 1;  // blocks of a cluster along x (sm_90 and later), a divisor of the grid's; up to 16
 };
 
 template <typename... Params, typename... Args>
@@ -46,17 +47,26 @@ void launch(void (*kernel)(Params...), const LaunchConfig& config, void* stream,
                                         static_cast<int>(config.shared_bytes)),
                    "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    if (config.cluster > 8) {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                   "cudaFuncSetAttribute(NonPortableClusterSizeAllowed)");
+    }
+    cudaLaunchAttribute attributes[2]{};
     cudaLaunchConfig_t launch_config{};
     launch_config.gridDim = config.grid;
     launch_config.blockDim = config.block;
     launch_config.dynamicSmemBytes = config.shared_bytes;
     launch_config.stream = static_cast<cudaStream_t>(stream);
+    launch_config.attrs = attributes;
     if (config.pdl && compute_capability() >= 90) {
-        launch_config.attrs = &attribute;
-        launch_config.numAttrs = 1;
+        cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (config.cluster > 1) {
+        cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {config.cluster, 1, 1};
     }
     check_cuda(cudaLaunchKernelEx(&launch_config, kernel, std::forward<Args>(args)...), "kernel launch");
 }

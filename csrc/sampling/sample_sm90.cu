@@ -392,25 +392,13 @@ bool sample_in_clusters(const SampleParams& p, void* stream) {
             cluster *= 2;
         }
         const size_t shared_bytes = sizeof(Shared) + static_cast<size_t>(chunks_per_block()) * kChunk<T> * sizeof(T);
-        const auto kernel = sample_cluster_kernel<T>;
-        check_cuda(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-        cudaLaunchAttribute attributes[2]{};
-        attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[0].val.programmaticStreamSerializationAllowed = 1;
-        attributes[1].id = cudaLaunchAttributeClusterDimension;
-        attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(p.num_seqs * cluster));
-        config.blockDim = dim3(kThreads);
-        config.dynamicSmemBytes = shared_bytes;
-        config.stream = static_cast<cudaStream_t>(stream);
-        config.attrs = attributes;
-        config.numAttrs = 2;
-        check_cuda(
-            cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(chunks), static_cast<int>(chunks_per_block())),
-            "kernel launch");
+        launch(sample_cluster_kernel<T>,
+               {.grid = dim3(static_cast<unsigned>(p.num_seqs * cluster)),
+                .block = dim3(kThreads),
+                .shared_bytes = shared_bytes,
+                .pdl = true,
+                .cluster = static_cast<unsigned>(cluster)},
+               stream, p, static_cast<int>(chunks), static_cast<int>(chunks_per_block()));
         fits = true;
     });
     return fits;

@@ -59,6 +59,17 @@ def test_pages_of_every_size(page_size, device):
         ).check(**options)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("num_seqs", [1, 2, 3, 5, 9, 17, 33])
+def test_few_and_many_sequences(num_seqs, head_dim, device):
+    """From one sequence split among all SMs to a sequence a block, very uneven."""
+    lengths = [(1, 9000), (1, 1), (1, 700), (2, 64), (1, 65), (0, 20), *((1, 40 * n) for n in range(1, 28))]
+    for options in ({}, {"window": 150}, {"soft_cap": 20.0}):
+        PagedBatch.random(
+            lengths[:num_seqs], device, heads=(16, 8), head_dim=head_dim, dtype=torch.bfloat16
+        ).check(**options)
+
+
 def test_equal_scores(device):
     batch = PagedBatch.random(AROUND_PAGES, device, heads=(8, 2), head_dim=128, dtype=torch.bfloat16)
     batch.q.zero_()  # each value counts alike
