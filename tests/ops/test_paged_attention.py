@@ -113,6 +113,16 @@ def test_pages_before_the_window_are_not_read(device):
     )
 
 
+@pytest.mark.parametrize("lengths", [((1, 1_000_000), (3, 100)), ((1, 50), (140, 200_000))], ids=str)
+def test_a_very_long_sequence(lengths, device):
+    """Decoded beside a short one; and a chunk of prompt. For the CPU they would be much work: less there."""
+    if device.type == "cpu":
+        lengths = [(min(len_q, 3), len_k // 5) for len_q, len_k in lengths]
+    PagedBatch.random(
+        list(lengths), device, heads=(4, 1), head_dim=64, page_size=256, dtype=torch.bfloat16
+    ).check()
+
+
 def test_sequences_that_share_pages(device):
     batch = PagedBatch.random([(1, 100), (3, 90), (1, 70)], device)
     batch.page_table[1:, :4] = batch.page_table[0, :4]
