@@ -9,6 +9,7 @@ from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
 from fastkernels.ops.kv_cache import append_kv
 from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
 from fastkernels.ops.quant import quantize
+from fastkernels.ops.quantized_gemm import quantized_linear
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
 
@@ -32,6 +33,7 @@ __all__ = [
     "penalize",
     "plan_attention",
     "quantize",
+    "quantized_linear",
     "resolve_token_ids",
     "rms_norm",
     "rms_norm_quant",

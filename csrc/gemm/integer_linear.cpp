@@ -1,0 +1,282 @@
+// out = x W^T + bias with weights of 8 or 4 bits, as sums of products of bytes: W = scale * q with whole q, x as digits
+// (digits.h), so that within the elements that share both scales all sums are exact.
+//
+// A task owns kTaskRows rows of the weight. A tile of it, kRows rows x kTokens tokens, keeps its float sums in
+// registers and goes along K by units of 2 registers' bytes: weights are unpacked once a tile, digits read once for
+// kRows rows. One token is a stream over the weight: bytes moved out_size * in_size, or half of it, and the scales.
+// 64 tokens' digits stay in the second-level cache while the task's rows pass over them.
+#include <algorithm>
+#include <vector>
+
+#include "common/cpu/parallel.h"
+#include "fastkernels/gemm.h"
+#include "gemm/digits.h"
+#include "gemm/weight_scales.h"
+
+namespace fastkernels::cpu::FK_ISA {
+namespace {
+
+constexpr int kRows = 4;
+constexpr int64_t kTaskRows = 32, kTokenTile = 64;
+
+// Twice the values of e2m1, and 12.
+constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// What a weight is given too much by unpack.
+constexpr int zero_of(WeightType type) {
+    return type == WeightType::int4 ? 8 : type == WeightType::e2m1 ? 12 : kSignedBytes ? 0 : 128;
+}
+
+struct Unit {
+    Bytes first, second;
+};
+
+template <WeightType kType>
+inline Unit unpack(const uint8_t* weight) {
+    Unit w;
+    if constexpr (kType == WeightType::int8) {
+        w = {load_bytes(weight), load_bytes(weight + kBytes)};
+        if constexpr (!kSignedBytes) {
+            w = {w.first ^ 0x80, w.second ^ 0x80};
+        }
+    } else {
+        const Bytes packed = load_bytes(weight);
+        w = {packed & 0x0f, packed >> 4};
+        if constexpr (kType == WeightType::e2m1) {
+            w = {look_up(kE2m1, w.first), look_up(kE2m1, w.second)};
+        }
+    }
+    return w;
+}
+
+template <WeightType kType>
+inline Ints dot_unit(Ints sum, const Unit& w, const int8_t* digits) {
+    if constexpr (kType == WeightType::int8 && kSignedBytes) {
+        return dot_signed(dot_signed(sum, w.first, load_bytes(digits)), w.second, load_bytes(digits + kBytes));
+    } else {
+        return dot(dot(sum, w.first, load_bytes(digits)), w.second, load_bytes(digits + kBytes));
+    }
+}
+
+template <WeightType kType>
+constexpr int64_t unit_bytes = kType == WeightType::int8 ? kUnit : kBytes;
+
+// Some rows of the weight and their scales, ready for any token.
+struct Rows {
+    const uint8_t* weight[kRows];
+    const uint8_t* tail[kRows];    // the last unit where it is not whole, zeros behind
+    const float* scales[kRows];    // [num_units][scales_per_unit]
+    const float* shifts[kRows];    // [num_sums], scale * (8 - zero), or null
+    Ints spread;                   // lane -> scale of its unit
+    int64_t scales_per_unit;
+};
+
+// y[t][r] = x token t . row r
+template <WeightType kType, int kDigits, int kNumRows, int kTokens>
+inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t whole_units,
+                     float (&y)[kTokens][kRows]) {
+    constexpr bool kOffset = zero_of(kType) != 0;
+    const int8_t* digits[kTokens];
+    const int32_t* offsets[kTokens];
+    const float* x_scales[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+        digits[t] = x.bytes.data() + (token + t) * x.num_units * kDigits * kUnit;
+        offsets[t] = x.offsets.data() + (token + t) * x.num_units * kDigits * kWidth;
+        x_scales[t] = x.scales.data() + (token + t) * x.num_units;
+    }
+    Vec sums[kTokens][kNumRows] = {};
+    Ints totals[kTokens][kNumRows] = {};  // kDigits = 1: one scale a token and a row, so all is added up exactly
+    const auto add_unit = [&](int64_t u, int64_t at, const uint8_t* const (&weight)[kRows]) {
+        Unit w[kNumRows];
+        Vec scale[kNumRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kNumRows; ++r) {
+            w[r] = unpack<kType>(weight[r] + at);
+            // The next tile's rows lie behind this one's.
+            __builtin_prefetch(weight[r] + at + kNumRows * whole_units * unit_bytes<kType>);
+            if constexpr (kDigits > 1) {
+                const Vec read = load(rows.scales[r] + u * rows.scales_per_unit);
+                scale[r] = __builtin_shuffle(read, rows.spread);
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+            const int8_t* d = digits[t] + u * kDigits * kUnit;
+            const int32_t* o = offsets[t] + u * kDigits * kWidth;
+#pragma GCC unroll 4
+            for (int r = 0; r < kNumRows; ++r) {
+                if constexpr (kDigits == 1) {
+                    totals[t][r] = dot_unit<kType>(kOffset ? totals[t][r] + load(o) : totals[t][r], w[r], d);
+                } else {
+                    Vec part = {};
+#pragma GCC unroll 3
+                    for (int i = 0; i < kDigits; ++i) {
+                        const Ints begin = kOffset ? load(o + i * kWidth) : Ints{};
+                        const Vec digit = to_vec(dot_unit<kType>(begin, w[r], d + i * kUnit));
+                        part = i == 0 ? digit : part * kBase + digit;
+                    }
+                    sums[t][r] += part * (scale[r] * x_scales[t][u]);
+                }
+            }
+        }
+    };
+    for (int64_t u = 0; u < whole_units; ++u) {
+        add_unit(u, u * unit_bytes<kType>, rows.weight);
+    }
+    if (whole_units < x.num_units) {
+        add_unit(whole_units, 0, rows.tail);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+        for (int r = 0; r < kNumRows; ++r) {
+            if constexpr (kDigits == 1) {
+                y[t][r] = static_cast<float>(sum(totals[t][r])) * (rows.scales[r][0] * x_scales[t][0]);
+            } else {
+                y[t][r] = sum(sums[t][r]);
+            }
+            if (rows.shifts[r] != nullptr) {
+                const float* x_sums = x.sums.data() + (token + t) * x.num_sums;
+                float shift = 0.0f;
+                for (int64_t i = 0; i < x.num_sums; ++i) {
+                    shift += rows.shifts[r][i] * x_sums[i];
+                }
+                y[t][r] += shift;
+            }
+        }
+    }
+}
+
+// What a thread needs beside the operands.
+struct Workspace {
+    std::vector<float> scales, shifts, groups;
+    std::vector<uint8_t> tails;
+};
+
+template <WeightType kType>
+struct Shape {
+    explicit Shape(const QuantizedLinearParams& p)
+        : row_bytes(kType == WeightType::int8 ? p.in_size : p.in_size / 2),
+          num_units((p.in_size + kUnit - 1) / kUnit),
+          whole_units(p.in_size / kUnit),
+          num_groups((p.in_size + p.block_size - 1) / p.block_size),
+          scales_per_unit(num_groups == 1 ? 1 : std::max<int64_t>(1, kUnit / p.block_size)),
+          units_per_group(num_groups == 1 ? num_units : std::max<int64_t>(1, p.block_size / kUnit)) {}
+    int64_t row_bytes, num_units, whole_units, num_groups, scales_per_unit, units_per_group;
+};
+
+template <WeightType kType>
+void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int num_rows, Workspace& space,
+             Rows& rows) {
+    // Behind each row's scales lies room that a register reads past them.
+    const int64_t scales_size = shape.num_units * shape.scales_per_unit + kWidth;
+    const float factor = kType == WeightType::e2m1 ? 0.5f : 1.0f;
+    space.scales.assign(kRows * scales_size, 0.0f);
+    space.groups.resize(shape.num_groups);
+    space.shifts.resize(kRows * shape.num_groups);
+    space.tails.assign(kRows * unit_bytes<kType>, 0);
+    rows.scales_per_unit = shape.scales_per_unit;
+    for (int lane = 0; lane < kWidth; ++lane) {
+        rows.spread[lane] = static_cast<int32_t>(lane * shape.scales_per_unit / kWidth);
+    }
+    for (int r = 0; r < num_rows; ++r) {
+        rows.weight[r] = p.weight + (row + r) * shape.row_bytes;
+        uint8_t* tail = space.tails.data() + r * unit_bytes<kType>;
+        const int64_t whole_bytes = shape.whole_units * unit_bytes<kType>;
+        std::copy(rows.weight[r] + whole_bytes, rows.weight[r] + shape.row_bytes, tail);
+        rows.tail[r] = tail;
+
+        float* scales = space.scales.data() + r * scales_size;
+        if (shape.units_per_group == 1) {
+            load_scales(p, (row + r) * shape.num_groups, shape.num_groups, factor, scales);
+        } else {
+            load_scales(p, (row + r) * shape.num_groups, shape.num_groups, factor, space.groups.data());
+            for (int64_t group = 0, u = 0; group < shape.num_groups; ++group) {
+                for (int64_t i = 0; i < shape.units_per_group && u < shape.num_units; ++i) {
+                    scales[u++] = space.groups[group];
+                }
+            }
+        }
+        rows.scales[r] = scales;
+        rows.shifts[r] = nullptr;
+        if (p.zeros != nullptr) {
+            float* shifts = space.shifts.data() + r * shape.num_groups;
+            load_scales(p, (row + r) * shape.num_groups, shape.num_groups, 1.0f, shifts);
+            for (int64_t group = 0; group < shape.num_groups; ++group) {
+                shifts[group] *= static_cast<float>(8 - p.zeros[(row + r) * shape.num_groups + group]);
+            }
+            rows.shifts[r] = shifts;
+        }
+    }
+}
+
+template <WeightType kType, int kDigits, int kNumRows, int kTokens, typename T>
+inline void tile(const QuantizedLinearParams& p, const Rows& rows, const Digits& x, int64_t whole_units, int64_t row,
+                 int64_t token) {
+    float y[kTokens][kRows];
+    multiply<kType, kDigits, kNumRows, kTokens>(rows, x, token, whole_units, y);
+    for (int t = 0; t < kTokens; ++t) {
+        T* out = static_cast<T*>(p.out) + (token + t) * p.out_token_stride + row;
+        for (int r = 0; r < kNumRows; ++r) {
+            const float bias = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[row + r]);
+            out[r] = from_float<T>(y[t][r] + bias);
+        }
+    }
+}
+
+template <WeightType kType, int kDigits, typename T>
+void all_rows(const QuantizedLinearParams& p) {
+    constexpr int kTokens = kDigits == 1 ? 4 : 2;
+    static thread_local Digits x;  // of the calling thread, which the others read
+    Digits& shared = x;
+    make_digits<kDigits, kType != WeightType::int8>(static_cast<const T*>(p.x), p.x_token_stride, p.num_tokens,
+                                                    p.in_size, zero_of(kType),
+                                                    p.zeros == nullptr ? 0 : (p.in_size - 1) / p.block_size + 1,
+                                                    p.block_size, shared);
+    const Shape<kType> shape(p);
+    const int64_t tasks = (p.out_size + kTaskRows - 1) / kTaskRows;
+    // A thread gets at least 262,144 products: waking it costs as much.
+    const int64_t products = kTaskRows * p.in_size * p.num_tokens;
+    parallel_for(tasks, 1 + 262144 / (products + 1), [&](int64_t task) {
+        static thread_local Workspace space;
+        Rows rows;
+        const int64_t end = std::min(p.out_size, (task + 1) * kTaskRows);
+        for (int64_t first = 0; first < p.num_tokens; first += kTokenTile) {
+            const int64_t last = std::min(p.num_tokens, first + kTokenTile);
+            for (int64_t row = task * kTaskRows; row < end;) {
+                const bool whole = row + kRows <= end;
+                prepare(p, shape, row, whole ? kRows : 1, space, rows);
+                int64_t token = first;
+                for (; whole && token + kTokens <= last; token += kTokens) {
+                    tile<kType, kDigits, kRows, kTokens, T>(p, rows, shared, shape.whole_units, row, token);
+                }
+                for (; token < last; ++token) {
+                    if (whole) {
+                        tile<kType, kDigits, kRows, 1, T>(p, rows, shared, shape.whole_units, row, token);
+                    } else {
+                        tile<kType, kDigits, 1, 1, T>(p, rows, shared, shape.whole_units, row, token);
+                    }
+                }
+                row += whole ? kRows : 1;
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void integer_linear_cpu(const QuantizedLinearParams& p) {
+    visit_float(p.dtype, [&]<typename T>() {
+        constexpr int kDigits = sizeof(T) == 4 ? 3 : 2;
+        switch (p.weight_type) {
+            case WeightType::int8:
+                return p.activation == Activation::int8_token ? all_rows<WeightType::int8, 1, T>(p)
+                                                              : all_rows<WeightType::int8, kDigits, T>(p);
+            case WeightType::int4: return all_rows<WeightType::int4, kDigits, T>(p);
+            case WeightType::e2m1: return all_rows<WeightType::e2m1, kDigits, T>(p);
+            default: fail("a weight of this type is not a whole number: int8, int4 and e2m1 are");
+        }
+    });
+}
+
+}  // namespace fastkernels::cpu::FK_ISA
+
+FK_CPU_ENTRY_VNNI(integer_linear_cpu, QuantizedLinearParams)
