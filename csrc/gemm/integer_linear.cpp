@@ -136,6 +136,7 @@ inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t w
             if (rows.shifts[r] != nullptr) {
                 const float* x_sums = x.sums.data() + (token + t) * x.num_sums;
                 float shift = 0.0f;
+#pragma omp simd reduction(+ : shift)
                 for (int64_t i = 0; i < x.num_sums; ++i) {
                     shift += rows.shifts[r][i] * x_sums[i];
                 }

@@ -79,38 +79,26 @@ def quantized_linear(
     """
     op = "quantized_linear"
     x, weight, scales = as_tensor(x), as_tensor(weight), as_tensor(scales)
-    require(
-        weight_type in WEIGHT_TYPES,
-        f"{op}: weight_type is {weight_type!r}, but the op takes {', '.join(WEIGHT_TYPES)}",
-    )
-    takes = _TAKES[weight_type]
-    require(
-        activation in takes,
-        f"{op}: activation is {activation!r}, but with {weight_type} weights the op takes "
-        f"{', '.join(map(repr, takes))}",
-    )
+    if weight_type not in WEIGHT_TYPES:
+        raise ValueError(f"{op}: weight_type is {weight_type!r}, but the op takes {', '.join(WEIGHT_TYPES)}")
+    if activation not in _TAKES[weight_type]:
+        takes = ", ".join(map(repr, _TAKES[weight_type]))
+        raise ValueError(
+            f"{op}: activation is {activation!r}, but with {weight_type} weights the op takes {takes}"
+        )
     check_dtype(op, "x", x, FLOAT_DTYPES)
-    require(x.dim() == 2, f"{op}: x has shape {list(x.shape)}, but the op takes [num_tokens, in_size]")
-    num_tokens, in_size = x.shape
-    require(
-        0 < in_size <= _MAX_IN_SIZE, f"{op}: in_size is {in_size}, but the op takes 1 to {_MAX_IN_SIZE}"
-    )
-    half_bytes = weight_type in ("int4", "e2m1")
-    require(not half_bytes or in_size % 2 == 0, f"{op}: in_size is {in_size}; with 4 bits it must be even")
+    check_shape(op, "x", x, (None, None), "[num_tokens, in_size]")
     check_dtype(op, "weight", weight, (_STORED[weight_type],))
-    stored = in_size // 2 if half_bytes else in_size
-    check_shape(op, "weight", weight, (None, stored), f"[out_size, {stored}], from the in_size of x")
-    out_size = weight.shape[0]
+    num_tokens, in_size = x.shape
+    out_size = _checked_out_size(op, weight, weight_type, in_size)
     rows, size = _checked_block(op, weight_type, block, in_size)
-    scales_shape = (-(-out_size // rows), -(-in_size // size))
     check_dtype(op, "scales", scales, _SCALE_DTYPES)
-    words = f"{list(scales_shape)} for blocks of {rows} x {size}"
-    check_shape(op, "scales", scales, scales_shape, words)
+    _check_by_block(op, "scales", scales, out_size, in_size, rows, size)
     if zeros is not None:
         zeros = as_tensor(zeros)
         require(weight_type == "int4", f"{op}: zeros are given, but {weight_type} weights have none")
         check_dtype(op, "zeros", zeros, (torch.uint8,))
-        check_shape(op, "zeros", zeros, scales_shape, words)
+        _check_by_block(op, "zeros", zeros, out_size, in_size, rows, size)
     if global_scale is not None:
         global_scale = as_tensor(global_scale)
         check_dtype(op, "global_scale", global_scale, (torch.float32,))
@@ -144,25 +132,49 @@ def quantized_linear(
     return out
 
 
+# Sentences with sizes are put together where they are raised: torch.compile, with sizes that vary, cannot.
+
+
+def _checked_out_size(op: str, weight: torch.Tensor, weight_type: str, in_size: int) -> int:
+    if not 0 < in_size <= _MAX_IN_SIZE:
+        raise ValueError(f"{op}: in_size is {in_size}, but the op takes 1 to {_MAX_IN_SIZE}")
+    half_bytes = weight_type in ("int4", "e2m1")
+    if half_bytes and in_size % 2:
+        raise ValueError(f"{op}: in_size is {in_size}; with 4 bits it must be even")
+    stored = in_size // 2 if half_bytes else in_size
+    if weight.dim() != 2 or weight.shape[1] != stored:
+        raise ValueError(
+            f"{op}: weight has shape {list(weight.shape)}, but the op takes [out_size, {stored}], by the "
+            "in_size of x"
+        )
+    return weight.shape[0]
+
+
 def _checked_block(
     op: str, weight_type: str, block: tuple[int, int] | None, in_size: int
 ) -> tuple[int, int]:
     rows, size = block or (1, in_size)
-    require(rows > 0 and size > 0, f"{op}: block is {block}, but its sizes are positive")
-    if weight_type == "e4m3":
-        return rows, size
-    if weight_type == "int8":
-        require(
-            rows == 1 and size >= in_size, f"{op}: block is {block}, but int8 weights have a scale a row"
-        )
-    else:
-        require(
-            rows == 1 and (size >= in_size or size in (16, 32, 64) or size % 128 == 0),
-            f"{op}: block is {block}, but {weight_type} weights take 1 row and 16, 32, 64, a multiple of 128 "
-            "or all of in_size",
-        )
-        require(
-            size >= in_size or in_size % size == 0,
-            f"{op}: in_size is {in_size}, which blocks of {size} do not divide",
-        )
+    if rows < 1 or size < 1:
+        raise ValueError(f"{op}: block is {block}, but its sizes are positive")
+    if weight_type == "int8" and (rows != 1 or size < in_size):
+        raise ValueError(f"{op}: block is {block}, but int8 weights have a scale a row")
+    if weight_type in ("int4", "e2m1"):
+        if rows != 1 or not (size >= in_size or size in (16, 32, 64) or size % 128 == 0):
+            raise ValueError(
+                f"{op}: block is {block}, but {weight_type} weights take 1 row and 16, 32, 64, a multiple of "
+                "128 or all of in_size"
+            )
+        if size < in_size and in_size % size:
+            raise ValueError(f"{op}: in_size is {in_size}, which blocks of {size} do not divide")
     return rows, size
+
+
+def _check_by_block(
+    op: str, name: str, x: torch.Tensor, out_size: int, in_size: int, rows: int, size: int
+) -> None:
+    expected = (-(-out_size // rows), -(-in_size // size))
+    if tuple(x.shape) != expected:
+        raise ValueError(
+            f"{op}: {name} has shape {list(x.shape)}, but the op takes {list(expected)} for blocks of "
+            f"{rows} x {size}"
+        )
