@@ -114,6 +114,42 @@ def test_a_token_does_not_depend_on_the_others(scheme):
             assert torch.equal(some, together[:count])
 
 
+@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme[0] != "e4m3"])
+def test_interleaved_rows_give_the_same(scheme):
+    """Whole groups of 8 rows and what is left, rows that end within a unit; one token and tiles of them."""
+    for out_size, in_size in ((7, 256), (8, 640), (29, 1920), (64, 128), (41, 64), (24, 192)):
+        if not takes(scheme, in_size) or in_size % (64 if SCHEMES[scheme][0] == "int8" else 128):
+            continue
+        for num_tokens in (1, 2, 9):
+            given = operands(scheme, num_tokens, out_size, in_size, torch.bfloat16)
+            expected = ops.quantized_linear(**given)
+            given["weight"] = ops.interleave_rows(given["weight"])
+            assert torch.equal(ops.quantized_linear(**given, interleaved=True), expected)
+
+
+def test_interleave_rows():
+    rows = torch.randint(-128, 128, (21, 192)).to(torch.int8)
+    out = torch.empty_like(rows)
+    assert ops.interleave_rows(rows, out=out) is out
+    groups = rows[:16].view(2, 8, 3, 64).transpose(1, 2).reshape(16, 192)
+    assert torch.equal(out, torch.cat([groups, rows[16:]]))
+    assert ops.interleave_rows(rows[:0]).shape == (0, 192)
+    torch.library.opcheck(torch.ops.fastkernels.interleave_rows.default, (rows, out))
+    compiled = torch.compile(lambda a: ops.interleave_rows(a) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows), out + 1)
+    with pytest.raises(ValueError, match=r"weight is torch.int8 \[21, 191\], but its rows are of int8 or uint8"):
+        ops.interleave_rows(rows[:, 1:])
+    with pytest.raises(ValueError, match="weight is torch.int32"):
+        ops.interleave_rows(rows.int())
+    with pytest.raises(ValueError, match="out has shape"):
+        ops.interleave_rows(rows, out=out[:3])
+    with pytest.raises(ValueError, match="weight must be contiguous"):
+        ops.interleave_rows(rows[:, :64])
+    with pytest.raises(ValueError, match="interleaved rows are of int8 or uint8 elements, a multiple of 64"):
+        given = operands("int8", 1, 8, 96, torch.float32)
+        ops.quantized_linear(**given, interleaved=True)
+
+
 @pytest.mark.parametrize("weight_type", ["int8", "int4", "e2m1", "e4m3"])
 def test_every_code(weight_type):
     """x picks one element of each row, so that the result is the weight itself."""
@@ -185,6 +221,7 @@ def test_opcheck_and_compile(scheme):
         ops.quantized_gemm.WEIGHT_TYPES[given["weight_type"]],
         *given["block"],
         ops.quantized_gemm.ACTIVATIONS[given["activation"]],
+        False,
     )
     tensors = (given["x"], given["weight"], given["scales"], given.get("zeros"), given.get("global_scale"))
     torch.library.opcheck(
@@ -257,7 +294,7 @@ ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 def test_lower_instruction_sets(isa):
     """The tests above, in a process of their own: the set is chosen once."""
     assert _run_with(isa, "-c", "import fastkernels; print(fastkernels._C.cpu_isa())").strip() == isa
-    chosen = "matches_reference or depend or every_code or strided or outliers or largest"
+    chosen = "matches_reference or interleaved or depend or every_code or strided or outliers or largest"
     _run_with(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen)
 
 

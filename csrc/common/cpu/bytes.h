@@ -14,6 +14,7 @@ inline constexpr int kBytes = 4 * kWidth;
 
 using Bytes = uint8_t __attribute__((vector_size(kBytes)));
 using Ints = int32_t __attribute__((vector_size(kBytes)));
+using Words = uint32_t __attribute__((vector_size(kBytes)));
 
 inline Bytes load_bytes(const void* x) {
     Bytes v;

@@ -18,7 +18,7 @@ from fastkernels.ops.checks import (
     require,
 )
 
-register_mutating_fake("quantized_linear")
+register_mutating_fake("quantized_linear", "interleave_rows")
 
 WeightType = Literal["int8", "int4", "e2m1", "e4m3"]
 Activation = Literal["int8", "e4m3", "e4m3-block"]
@@ -47,6 +47,7 @@ def quantized_linear(
     zeros: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
     activation: Activation | None = None,
+    interleaved: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x W^T + bias, where W = global_scale * scales * (weight - zeros), of any number of tokens.
@@ -68,6 +69,7 @@ def quantized_linear(
     global_scale: fp32 [1], or None: 1
     activation: what x is rounded to before: nothing, or, as `quantize` does it, "int8" per token (with int8
             weights), "e4m3" per token or "e4m3-block" per 128 neighbours (with e4m3 weights)
+    interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
     Returns out. Products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
@@ -116,6 +118,7 @@ def quantized_linear(
     require(not x.is_cuda, f"{op}: x is on {x.device}, but the op runs on the CPU only so far")
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
+    require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")
     torch.ops.fastkernels.quantized_linear(
         x,
         weight,
@@ -127,8 +130,41 @@ def quantized_linear(
         rows,
         size,
         ACTIVATIONS[activation],
+        interleaved,
         out,
     )
+    return out
+
+
+_INTERLEAVED = "rows are of int8 or uint8 elements, a multiple of 64 of them"
+
+
+def interleaves(weight: torch.Tensor) -> bool:
+    """Whether ``interleave_rows`` takes it."""
+    return weight.dtype in (torch.int8, torch.uint8) and weight.dim() == 2 and weight.shape[1] % 64 == 0
+
+
+def interleave_rows(weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The order in which the CPU reads a weight of int8, int4 or e2m1 fastest: memory as it lies.
+
+    weight: [out_size, row_bytes] int8 | uint8, contiguous, row_bytes a multiple of 64
+    out:    like weight; allocated when None, and then in large pages where the system has them
+    Returns out: of every 8 rows, the first 64 bytes of each in turn, then the next; what is left of the rows
+    stays as it is. Raises ValueError for a dtype, shape, stride or device it does not take, naming what it
+    does.
+    Kernel: csrc/gemm/interleave_rows.cpp
+    """
+    op = "interleave_rows"
+    weight = as_tensor(weight)
+    if not interleaves(weight):
+        raise ValueError(f"{op}: weight is {weight.dtype} {list(weight.shape)}, but its {_INTERLEAVED}")
+    out = torch.empty_like(weight) if out is None else as_tensor(out)
+    check_shape(op, "out", out, tuple(weight.shape), "the shape of weight")
+    check_dtype(op, "out", out, (weight.dtype,))
+    check_device(op, weight=weight, out=out)
+    require(not weight.is_cuda, f"{op}: weight is on {weight.device}, but the op is for the CPU")
+    check_contiguous(op, weight=weight, out=out)
+    torch.ops.fastkernels.interleave_rows(weight, out)
     return out
 
 
