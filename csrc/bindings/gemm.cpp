@@ -53,9 +53,9 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
               weight.size(0) == y.size(1),
           "quantized_linear: x must be [num_tokens, in_size], weight and scales have 2 dimensions, and out be "
           "[num_tokens, out_size]");
-    check(weight_type >= 0 && weight_type <= 3 && activation >= 0 && activation <= 3 && block_rows > 0 &&
-              block_size > 0,
-          "quantized_linear: there is no such weight_type, activation or block");
+    check(
+        weight_type >= 0 && weight_type <= 3 && activation >= 0 && activation <= 3 && block_rows > 0 && block_size > 0,
+        "quantized_linear: there is no such weight_type, activation or block");
     QuantizedLinearParams p{};
     p.weight_type = static_cast<WeightType>(weight_type);
     p.activation = static_cast<Activation>(activation);
@@ -70,11 +70,12 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
     check(weight.scalar_type() == stored && weight.is_contiguous() &&
               weight.size(1) * (is_half_byte ? 2 : 1) == p.in_size && p.in_size <= kQuantizedMaxInSize,
           "quantized_linear: weight must be contiguous [out_size, in_size] of its type, or uint8 [out_size, in_size / "
-          "2], with an in_size up to ", kQuantizedMaxInSize);
+          "2], with an in_size up to ",
+          kQuantizedMaxInSize);
     const bool whole_row = block_size >= p.in_size, divides = p.in_size % block_size == 0;
-    check(is_fp8 || (block_rows == 1 && (whole_row || (is_half_byte && divides && (128 % block_size == 0 ||
-                                                                                   block_size % 128 == 0) &&
-                                                       block_size >= 16))),
+    check(is_fp8 || (block_rows == 1 &&
+                     (whole_row || (is_half_byte && divides && (128 % block_size == 0 || block_size % 128 == 0) &&
+                                    block_size >= 16))),
           "quantized_linear: scales must be one a row, or in 4 bits one for 16, 32, 64 or a multiple of 128 elements");
     const int64_t scale_rows = (p.out_size + block_rows - 1) / block_rows;
     const int64_t scale_size = (p.in_size + block_size - 1) / block_size;

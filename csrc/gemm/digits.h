@@ -27,11 +27,11 @@ inline constexpr float kBase = 254.0f;
 
 struct Digits {
     int64_t num_units, num_sums;
-    std::vector<int8_t> bytes;     // [num_tokens][num_units][kDigits][kUnit]
-    std::vector<int32_t> offsets;  // [num_tokens][num_units][num_offsets<kDigits>][kWidth], see digits_of_token
+    std::vector<int8_t> bytes;            // [num_tokens][num_units][kDigits][kUnit]
+    std::vector<int32_t> offsets;         // [num_tokens][num_units][num_offsets<kDigits>][kWidth], see digits_of_token
     std::vector<uint32_t> token_offsets;  // [num_tokens], of one digit; sums of int32 may pass their range on the way
-    std::vector<float> scales;     // [num_tokens][num_units]
-    std::vector<float> sums;       // [num_tokens][num_sums]: x added up over the stretches that share a weight's scale
+    std::vector<float> scales;            // [num_tokens][num_units]
+    std::vector<float> sums;  // [num_tokens][num_sums]: x added up over the stretches that share a weight's scale
 };
 
 // To the nearest integer, ties to even, for magnitudes below 2^22.
@@ -66,7 +66,9 @@ inline void digits_of(const float (&x)[kBlock], float inverse, int8_t (&out)[kDi
 
 // The largest number of kDigits digits, less what rounding could add.
 template <int kDigits>
-inline constexpr float kLargest = kDigits == 1 ? 127.0f : kDigits == 2 ? 32380.0f : 8225700.0f;
+inline constexpr float kLargest = kDigits == 1   ? 127.0f
+                                  : kDigits == 2 ? 32380.0f
+                                                 : 8225700.0f;
 
 // Weights are unsigned, `zero` more than they are; sums begin with -zero times the digits they are made of. One digit:
 // a sum a token. More: sums a lane and unit for all digits but the first, whose own goes with the second's.

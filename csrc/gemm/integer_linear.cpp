@@ -180,7 +180,8 @@ struct Shape {
           whole_units(p.in_size / kUnit),
           num_groups((p.in_size + p.block_size - 1) / p.block_size),
           scales_per_unit(num_groups == 1 ? 1 : std::max<int64_t>(1, kUnit / p.block_size)),
-          units_per_group(num_groups == 1 ? num_units : std::max<int64_t>(1, p.block_size / kUnit)) {}
+          units_per_group(num_groups == 1 ? num_units : std::max<int64_t>(1, p.block_size / kUnit)) {
+    }
     int64_t row_bytes, num_units, whole_units, num_groups, scales_per_unit, units_per_group;
 };
 
@@ -189,8 +190,8 @@ void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t 
              Rows& rows) {
     const int64_t turn = row / kInterleavedRows * kInterleavedRows;
     const bool interleaved = p.interleaved && turn + kInterleavedRows <= p.out_size;
-    rows.weight = p.weight +
-                  (interleaved ? turn * shape.row_bytes + (row - turn) * kInterleavedBytes : row * shape.row_bytes);
+    rows.weight =
+        p.weight + (interleaved ? turn * shape.row_bytes + (row - turn) * kInterleavedBytes : row * shape.row_bytes);
     rows.row_stride = interleaved ? kInterleavedBytes : shape.row_bytes;
     rows.chunk_stride = (interleaved ? kInterleavedRows : 1) * kInterleavedBytes;
     rows.prefetch_distance = interleaved ? kPrefetchBytes : num_rows * shape.row_bytes;

@@ -1,4 +1,4 @@
-"""Engines with quantised weights: loaded as the scheme says, and as good as a torch model of the same weights."""
+"""Engines with quantised weights: loaded as the scheme says, and as good as torch on the same weights."""
 
 from dataclasses import replace
 
@@ -198,7 +198,9 @@ def test_biases_are_kept(tmp_path):
 
 
 def test_an_unknown_scheme_is_named():
-    with pytest.raises(ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"):
+    with pytest.raises(
+        ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"
+    ):
         LLM("demo", device="cpu", quantization="int5")
     with pytest.raises(ConfigError, match="no quantization scheme is called 'w4'"):
         LLM("demo", device="cpu", head_quantization="w4")
@@ -208,8 +210,8 @@ def test_a_group_that_does_not_divide_is_named(demo):
     config = replace(demo.config, intermediate_size=600)
     with pytest.raises(
         QuantizationError,
-        match=r"model.layers.0.mlp.down_proj.weight cannot be quantised: int4 takes rows of a multiple of 128, "
-        "its groups; this weight's have 600",
+        match=r"model.layers.0.mlp.down_proj.weight cannot be quantised: int4 takes rows of a multiple of "
+        "128, its groups; this weight's have 600",
     ):
         compile_model(config, quantization="int4")
 
@@ -225,7 +227,7 @@ def test_a_broken_weight_is_named(demo, monkeypatch):
     monkeypatch.setattr(demo, "tensor", broken)
     with pytest.raises(
         QuantizationError,
-        match="model.layers.1.mlp.gate_up_proj.weight cannot be quantised: int8 takes finite weights",
+        match=r"model.layers.1.mlp.gate_up_proj.weight cannot be quantised: int8 takes finite weights",
     ):
         load_weights(plan, demo, device="cpu", dtype=torch.float32)
 

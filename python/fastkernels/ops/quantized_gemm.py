@@ -60,9 +60,9 @@ def quantized_linear(
                     each 0 to 15
             "e2m1": the same, each a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
             "e4m3": [out_size, in_size] float8_e4m3fn
-    block:  (rows, size): how many rows and neighbours in a row share a scale; None: (1, in_size). "int8" takes
-            (1, in_size); "int4" and "e2m1" (1, in_size) or one row and 16, 32, 64 or a multiple of 128 that
-            divides in_size; "e4m3" any
+    block:  (rows, size): how many rows and neighbours in a row share a scale; None: (1, in_size). "int8"
+            takes (1, in_size); "int4" and "e2m1" (1, in_size) or one row and 16, 32, 64 or a multiple of 128
+            that divides in_size; "e4m3" any
     scales: [ceil(out_size / rows), ceil(in_size / size)] contiguous, fp32 | fp16 | bf16 | e4m3 | uint8, which
             stands for 2^(scale - 127)
     zeros:  "int4": uint8 of the shape of scales, or None: all 8
@@ -186,9 +186,7 @@ def _checked_out_size(op: str, weight: torch.Tensor, weight_type: str, in_size: 
     return weight.shape[0]
 
 
-def _checked_block(
-    op: str, weight_type: str, block: tuple[int, int] | None, in_size: int
-) -> tuple[int, int]:
+def _checked_block(op: str, weight_type: str, block: tuple[int, int] | None, in_size: int) -> tuple[int, int]:
     rows, size = block or (1, in_size)
     if rows < 1 or size < 1:
         raise ValueError(f"{op}: block is {block}, but its sizes are positive")

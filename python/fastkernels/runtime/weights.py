@@ -29,8 +29,8 @@ def load_weights(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Every WeightSpec of ``plan`` from ``checkpoint``, cast to dtype; merged projections are put together in
-    place, and quantised to nearest where the plan says so; on the CPU, rows that ``ops.interleaves`` takes are
-    interleaved.
+    place, and quantised to nearest where the plan says so; on the CPU, packed rows that ``ops.interleaves``
+    takes are interleaved.
 
     A copy in the checkpoint's own dtype on the CPU shares its mapped file.
     Raises CheckpointError for a tensor that is missing, of another shape or not floating point, and for one
@@ -92,9 +92,7 @@ def _make_all(
     return weights
 
 
-def _quantize(
-    of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]
-) -> dict[str, Tensor]:
+def _quantize(of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]) -> dict[str, Tensor]:
     try:
         parts = find_scheme(scheme).quantize(make_source(of))
     except QuantizationError as error:
