@@ -71,10 +71,10 @@ struct Rows {
     int64_t row_stride, chunk_stride;  // of rows, and of 64 bytes of a row
     int64_t prefetch_distance;
     const uint8_t* tail[kMaxRows];  // the last unit where it is not whole, zeros behind
-    const float* scales[kMaxRows];  // [num_units][scales_per_unit]
-    const float* shifts[kMaxRows];  // [num_sums], scale * (8 - zero), or null
-    Ints spread;                    // lane -> scale of its unit
-    int64_t scales_per_unit;
+    const float* scales;            // of unit u of row r from r * row_scales + u * unit_scales on
+    int64_t row_scales, unit_scales;
+    Ints spread;          // lane -> which of its unit's scales
+    const float* shifts;  // [kRows][num_sums], scale * (8 - zero), or null
 
     // Where byte `at` of a row lies, from the row's first.
     int64_t offset(int64_t at) const {
@@ -105,7 +105,8 @@ inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t w
         for (int r = 0; r < kRows; ++r) {
             w[r] = unit_of(r);
             if constexpr (kDigits > 1) {
-                scale[r] = __builtin_shuffle(load(rows.scales[r] + u * rows.scales_per_unit), rows.spread);
+                scale[r] =
+                    __builtin_shuffle(load(rows.scales + r * rows.row_scales + u * rows.unit_scales), rows.spread);
             }
         }
 #pragma GCC unroll 4
@@ -149,16 +150,17 @@ inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t w
         for (int r = 0; r < kRows; ++r) {
             if constexpr (kDigits == 1) {
                 const uint32_t total = sum(std::bit_cast<Words>(totals[t][r])) + x.token_offsets[token + t];
-                y[t][r] = static_cast<float>(static_cast<int32_t>(total)) * (rows.scales[r][0] * x_scales[t][0]);
+                y[t][r] = static_cast<float>(static_cast<int32_t>(total)) *
+                          (rows.scales[r * rows.row_scales] * x_scales[t][0]);
             } else {
                 y[t][r] = sum(sums[t][r]);
             }
-            if (rows.shifts[r] != nullptr) {
+            if (rows.shifts != nullptr) {
                 const float* x_sums = x.sums.data() + (token + t) * x.num_sums;
                 float shift = 0.0f;
 #pragma omp simd reduction(+ : shift)
                 for (int64_t i = 0; i < x.num_sums; ++i) {
-                    shift += rows.shifts[r][i] * x_sums[i];
+                    shift += rows.shifts[r * x.num_sums + i] * x_sums[i];
                 }
                 y[t][r] += shift;
             }
@@ -179,14 +181,55 @@ struct Shape {
           num_units((p.in_size + kUnit - 1) / kUnit),
           whole_units(p.in_size / kUnit),
           num_groups((p.in_size + p.block_size - 1) / p.block_size),
-          scales_per_unit(num_groups == 1 ? 1 : std::max<int64_t>(1, kUnit / p.block_size)),
           units_per_group(num_groups == 1 ? num_units : std::max<int64_t>(1, p.block_size / kUnit)) {
+        const int64_t scales_per_unit = num_groups == 1 ? 1 : std::max<int64_t>(1, kUnit / p.block_size);
+        for (int lane = 0; lane < kWidth; ++lane) {
+            spread[lane] = static_cast<int32_t>(lane * scales_per_unit / kWidth);
+        }
+        unit_scales = num_groups == 1 ? 0 : scales_per_unit;
     }
-    int64_t row_bytes, num_units, whole_units, num_groups, scales_per_unit, units_per_group;
+    int64_t row_bytes, num_units, whole_units, num_groups, units_per_group, unit_scales;
+    Ints spread;
 };
 
+// The scales of `count` rows as floats, one or more a unit where a row has more than one; room behind them, since a
+// register reads past the last.
 template <WeightType kType>
-void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int num_rows, Workspace& space,
+void read_scales(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int count, Workspace& space,
+                 Rows& rows) {
+    const float factor = kType == WeightType::e2m1 ? 0.5f : 1.0f;
+    const bool repeated = shape.num_groups > 1 && shape.units_per_group > 1;
+    rows.row_scales = repeated ? shape.num_units : shape.num_groups;
+    const int64_t num_groups = count * shape.num_groups, num_scales = count * rows.row_scales;
+    space.scales.resize(num_scales + kWidth);
+    std::fill_n(space.scales.data() + num_scales, kWidth, 0.0f);
+    rows.scales = space.scales.data();
+    rows.unit_scales = shape.unit_scales;
+    rows.spread = shape.spread;
+    if (!repeated) {
+        load_scales(p, row * shape.num_groups, num_groups, factor, space.scales.data());
+    } else {
+        space.groups.resize(num_groups);
+        load_scales(p, row * shape.num_groups, num_groups, factor, space.groups.data());
+        for (int64_t r = 0; r < count; ++r) {
+            for (int64_t u = 0; u < shape.num_units; ++u) {
+                space.scales[r * shape.num_units + u] = space.groups[r * shape.num_groups + u / shape.units_per_group];
+            }
+        }
+    }
+    rows.shifts = nullptr;
+    if (p.zeros != nullptr) {
+        space.shifts.resize(num_groups);
+        load_scales(p, row * shape.num_groups, num_groups, 1.0f, space.shifts.data());
+        for (int64_t i = 0; i < num_groups; ++i) {
+            space.shifts[i] *= static_cast<float>(8 - p.zeros[row * shape.num_groups + i]);
+        }
+        rows.shifts = space.shifts.data();
+    }
+}
+
+template <WeightType kType>
+void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int count, Workspace& space,
              Rows& rows) {
     const int64_t turn = row / kInterleavedRows * kInterleavedRows;
     const bool interleaved = p.interleaved && turn + kInterleavedRows <= p.out_size;
@@ -194,47 +237,17 @@ void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t 
         p.weight + (interleaved ? turn * shape.row_bytes + (row - turn) * kInterleavedBytes : row * shape.row_bytes);
     rows.row_stride = interleaved ? kInterleavedBytes : shape.row_bytes;
     rows.chunk_stride = (interleaved ? kInterleavedRows : 1) * kInterleavedBytes;
-    rows.prefetch_distance = interleaved ? kPrefetchBytes : num_rows * shape.row_bytes;
-    rows.scales_per_unit = shape.scales_per_unit;
-    for (int lane = 0; lane < kWidth; ++lane) {
-        rows.spread[lane] = static_cast<int32_t>(lane * shape.scales_per_unit / kWidth);
-    }
-    // Behind each row's scales lies room that a register reads past them.
-    const int64_t scales_size = shape.num_units * shape.scales_per_unit + kWidth;
-    const float factor = kType == WeightType::e2m1 ? 0.5f : 1.0f;
-    space.scales.assign(kMaxRows * scales_size, 0.0f);
-    space.groups.resize(shape.num_groups);
-    space.shifts.resize(kMaxRows * shape.num_groups);
-    space.tails.assign(kMaxRows * unit_bytes<kType>, 0);
-    for (int r = 0; r < num_rows; ++r) {
-        uint8_t* tail = space.tails.data() + r * unit_bytes<kType>;
-        const int64_t tail_begin = shape.whole_units * unit_bytes<kType>;
-        for (int64_t at = tail_begin; at < shape.row_bytes; ++at) {
-            tail[at - tail_begin] = rows.weight[r * rows.row_stride + rows.offset(at)];
-        }
-        rows.tail[r] = tail;
-
-        const int64_t first_group = (row + r) * shape.num_groups;
-        float* scales = space.scales.data() + r * scales_size;
-        if (shape.units_per_group == 1) {
-            load_scales(p, first_group, shape.num_groups, factor, scales);
-        } else {
-            load_scales(p, first_group, shape.num_groups, factor, space.groups.data());
-            for (int64_t group = 0, u = 0; group < shape.num_groups; ++group) {
-                for (int64_t i = 0; i < shape.units_per_group && u < shape.num_units; ++i) {
-                    scales[u++] = space.groups[group];
-                }
+    rows.prefetch_distance = interleaved ? kPrefetchBytes : count * shape.row_bytes;
+    read_scales(p, shape, row, count, space, rows);
+    if (shape.whole_units < shape.num_units) {
+        space.tails.assign(count * unit_bytes<kType>, 0);
+        const int64_t begin = shape.whole_units * unit_bytes<kType>;
+        for (int r = 0; r < count; ++r) {
+            uint8_t* tail = space.tails.data() + r * unit_bytes<kType>;
+            for (int64_t at = begin; at < shape.row_bytes; ++at) {
+                tail[at - begin] = rows.weight[r * rows.row_stride + rows.offset(at)];
             }
-        }
-        rows.scales[r] = scales;
-        rows.shifts[r] = nullptr;
-        if (p.zeros != nullptr) {
-            float* shifts = space.shifts.data() + r * shape.num_groups;
-            load_scales(p, first_group, shape.num_groups, 1.0f, shifts);
-            for (int64_t group = 0; group < shape.num_groups; ++group) {
-                shifts[group] *= static_cast<float>(8 - p.zeros[first_group + group]);
-            }
-            rows.shifts[r] = shifts;
+            rows.tail[r] = tail;
         }
     }
 }
