@@ -16,7 +16,7 @@ from benchmarks import render
 from benchmarks.harness import ResultError, ceilings
 from benchmarks.report import Report, Row
 
-OPS = ("norm", "rope", "activation", "embedding", "gemm", "sampling", "attention")
+OPS = ("norm", "rope", "kv_cache", "activation", "embedding", "gemm", "sampling", "attention")
 
 
 class What(str, Enum):

@@ -1,5 +1,7 @@
 #include "fastkernels/kv_cache.h"
 
+#include <vector>
+
 #include "bindings/tensor.h"
 
 namespace fastkernels {
@@ -38,8 +40,49 @@ void append_kv(Tensor k, Tensor v, Tensor kv_cache, Tensor slot_mapping, std::op
     FK_LAUNCH(append_kv, k, p);
 }
 
+void copy_pages(std::vector<Tensor> caches, Tensor from_pages, Tensor to_pages,
+                std::optional<std::vector<Tensor>> from_caches) {
+    const std::vector<Tensor>& sources = from_caches ? *from_caches : caches;
+    check(!caches.empty() && caches.size() <= kCopyPagesMaxLayers && sources.size() == caches.size(),
+          "copy_pages: caches and from_caches must be 1 to ", kCopyPagesMaxLayers, " tensors, as many of both");
+    CopyPagesParams p{};
+    p.num_layers = static_cast<int32_t>(caches.size());
+    const auto page_bytes = [](const Tensor& cache) {
+        check(cache.dim() >= 1 && cache.is_contiguous(), "copy_pages: a cache must be contiguous [num_pages, ...]");
+        int64_t bytes = static_cast<int64_t>(size_bytes(dtype_of(cache, "a cache")));
+        for (int64_t i = 1; i < cache.dim(); ++i) {
+            bytes *= cache.size(i);
+        }
+        return bytes;
+    };
+    p.num_to_pages = caches[0].size(0);
+    p.num_from_pages = sources[0].size(0);
+    p.page_bytes = page_bytes(caches[0]);
+    for (size_t layer = 0; layer < caches.size(); ++layer) {
+        check(page_bytes(caches[layer]) == p.page_bytes && page_bytes(sources[layer]) == p.page_bytes &&
+                  caches[layer].size(0) == p.num_to_pages && sources[layer].size(0) == p.num_from_pages,
+              "copy_pages: the caches must be alike, and their pages as large as those of from_caches");
+        p.from[layer] = in(sources[layer]);
+        p.to[layer] = out(caches[layer]);
+        for (const Tensor& cache : {caches[layer], sources[layer]}) {
+            check(cache.is_cpu() || cache.get_device_index() == from_pages.get_device_index(),
+                  "copy_pages: the caches must be on the device of from_pages, or in pinned host memory");
+            p.has_host |= cache.is_cpu();
+        }
+    }
+    p.num_pairs = from_pages.numel();
+    check(dtype_of(from_pages, "from_pages") == DType::i32 && from_pages.is_contiguous() &&
+              dtype_of(to_pages, "to_pages") == DType::i32 && to_pages.is_contiguous() &&
+              to_pages.numel() == p.num_pairs,
+          "copy_pages: from_pages and to_pages must be contiguous int32 [num_pairs]");
+    p.from_pages = static_cast<const int32_t*>(in(from_pages));
+    p.to_pages = static_cast<const int32_t*>(in(to_pages));
+    FK_LAUNCH(copy_pages, from_pages, p);
+}
+
 void register_kv_cache(torch::stable::detail::StableLibrary& m) {
     m.impl("append_kv", TORCH_BOX(&append_kv));
+    m.impl("copy_pages", TORCH_BOX(&copy_pages));
 }
 
 }  // namespace
@@ -49,6 +92,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def(
         "append_kv(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? k_scale=None, "
         "Tensor? v_scale=None) -> ()");
+    m.def("copy_pages(Tensor(a!)[] caches, Tensor from_pages, Tensor to_pages, Tensor[]? from_caches=None) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_kv_cache)

@@ -35,4 +35,21 @@ constexpr int64_t kv_cache_offset(int64_t slot, int kv, int64_t head, int64_t nu
 void append_kv_cuda(const AppendKvParams& p, void* stream);
 void append_kv_cpu(const AppendKvParams& p);
 
+inline constexpr int kCopyPagesMaxLayers = 128;  // of a launch
+
+// to[layer][to_pages[i]] = from[layer][from_pages[i]], all bytes of a page, for every layer and i. A pair with a page
+// that does not exist is skipped; no page may be written twice, or be read and written.
+struct CopyPagesParams {
+    const void* from[kCopyPagesMaxLayers];  // [num_layers], each [num_from_pages, page_bytes]; or pinned host memory
+    void* to[kCopyPagesMaxLayers];          // [num_layers], each [num_to_pages, page_bytes]; or pinned host memory
+    const int32_t* from_pages;              // [num_pairs]
+    const int32_t* to_pages;                // [num_pairs]
+    int64_t num_pairs, num_from_pages, num_to_pages, page_bytes;
+    int32_t num_layers;
+    bool has_host;  // whether from or to is host memory, beyond a bus
+};
+
+void copy_pages_cuda(const CopyPagesParams& p, void* stream);
+void copy_pages_cpu(const CopyPagesParams& p);
+
 }  // namespace fastkernels

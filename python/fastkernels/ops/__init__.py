@@ -6,7 +6,7 @@ from fastkernels.ops.attention import attention, paged_attention
 from fastkernels.ops.attention_plan import AttentionPlan, attention_plan_sizes, plan_attention
 from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
 from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
-from fastkernels.ops.kv_cache import append_kv
+from fastkernels.ops.kv_cache import append_kv, copy_pages
 from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
 from fastkernels.ops.quant import quantize
 from fastkernels.ops.rope import rope, rope_append_kv
@@ -21,6 +21,7 @@ __all__ = [
     "append_kv",
     "attention",
     "attention_plan_sizes",
+    "copy_pages",
     "count_tokens",
     "embedding",
     "gather_rows",

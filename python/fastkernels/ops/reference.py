@@ -5,6 +5,8 @@ A section a csrc family, a function an op, same names and arguments as in fastke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # --- norm ---------------------------------------------------------------------------------------------------
@@ -116,6 +118,22 @@ def append_kv(
             cache[slot // page_size, 0, :, slot % page_size] = k[token]
             cache[slot // page_size, 1, :, slot % page_size] = v[token]
     return cache
+
+
+def copy_pages(
+    caches: Sequence[torch.Tensor],
+    from_pages: torch.Tensor,
+    to_pages: torch.Tensor,
+    *,
+    from_caches: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Returns the new caches."""
+    results = [cache.clone() for cache in caches]
+    for result, source in zip(results, caches if from_caches is None else from_caches, strict=True):
+        for i, j in zip(from_pages.tolist(), to_pages.tolist(), strict=True):
+            if 0 <= i < source.shape[0] and 0 <= j < result.shape[0]:
+                result[j] = source[i]
+    return results
 
 
 # --- activation ---------------------------------------------------------------------------------------------
