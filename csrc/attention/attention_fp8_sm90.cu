@@ -1,8 +1,7 @@
 // The launcher of attention_fp8_sm90: the tensor maps of q, k and v, one block an SM.
-#include "attention/attention_fp8_sm90.cuh"
-
 #include <bit>
 
+#include "attention/attention_fp8_sm90.cuh"
 #include "common/dtype.cuh"
 
 namespace fastkernels {
@@ -24,10 +23,7 @@ CUtensorMap byte_map(const void* address, int64_t heads, int64_t rows, int64_t h
 template <typename T>
 void launch_fp8(const Sm90Args& args, void* stream) {
     launch(args.a.p.soft_cap > 0.0f ? attention_fp8_sm90_kernel<T, true> : attention_fp8_sm90_kernel<T, false>,
-           {.grid = dim3(num_sms()),
-            .block = dim3(Fp8Shape::kThreads),
-            .shared_bytes = sizeof(Fp8Shared),
-            .pdl = true},
+           {.grid = dim3(num_sms()), .block = dim3(Fp8Shape::kThreads), .shared_bytes = sizeof(Fp8Shared), .pdl = true},
            stream, args);
 }
 
@@ -36,7 +32,7 @@ void launch_fp8(const Sm90Args& args, void* stream) {
 void attention_fp8_sm90(const AttentionMmaArgs& a, void* stream) {
     const AttentionParams& p = a.p;
     const bool paged = p.page_size > 0;
-    const int box_keys = paged && p.page_size < Fp8Shape::kKeys ? p.page_size : Fp8Shape::kKeys;
+    const int box_keys = paged && p.page_size < 64 ? p.page_size : 64;
     const int tile_tokens = prefill_rows_sm90(p.head_dim, a.group) / a.group;
     // Pages: every row of head_dim elements, of K and V and all heads, is a row of the map.
     const int64_t rows = paged ? p.num_keys * a.page_rows : p.num_keys;

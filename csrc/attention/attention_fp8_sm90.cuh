@@ -1,23 +1,24 @@
-// The prefill tiles of attention over e4m3 on Hopper: out = v_scale * softmax(scale * q_scale * k_scale * q k^T + mask) v
+// The prefill tiles of attention over e4m3 on Hopper: out = v_scale * softmax(scale * q_scale * k_scale * q k^T + mask)
+// v
 //
 //   q [num_tokens, num_q_heads, 128]   k, v [num_keys, num_kv_heads, 128] or the pages of the KV cache   e4m3
 //   out [num_tokens, num_q_heads, 128] bf16 | fp16   scales [num_kv_heads] fp32
 //
 // Tiles, masks and splits are those of attention_sm90.cuh: a block stays on each SM, a tile is 128 packed rows against
-// the keys of a KV head in blocks of 128, the last block first. What differs:
-//   P V wants V with the keys along the rows, so two warps of the producer turn every block of V over: ldmatrix
-//   transposes pairs of bytes, four byte permutes part the pairs, stmatrix writes them down. The order in which 16 keys
-//   then lie in a row, 0 1 8 9 2 3 10 11 ..., is the one in which a lane's scores become the A operand of P V without
-//   leaving the lane; the order of the rows, of 16 dimensions the even ones before the odd, meets no bank conflicts and
-//   gives a lane four neighbouring elements of the output.
-//   The products of fp8 keep some 13 bits of a sum. P V of a block therefore goes into registers of its own, which are
-//   then added to O in fp32. These are the registers of S, half by half: while one half is added up the other is still
-//   being multiplied, or S of the next block has begun.
-//   Weights are 2^8 at most, so that those down to 2^-14 of a row's largest are normal numbers of e4m3.
+// the keys of a KV head, the last block of keys first. What differs:
+//   V must come with the keys along its rows, so two warps of the producer turn every block over: ldmatrix transposes
+//   pairs of bytes, byte permutes part the pairs, stmatrix writes them down. The order in which 16 keys then lie in a
+//   row, 0 1 8 9 2 3 10 11 ..., is the one in which a lane's scores become the A operand of P V without leaving the
+//   lane; the order of the rows, of 16 dimensions the even ones before the odd, meets no bank conflicts and gives a
+//   lane four neighbouring elements of the output. Sums of products of fp8 keep some 13 bits (wgmma_e4m3.cuh). P V of a
+//   block therefore goes to registers of its own, which are then added to O in fp32. They are the registers of S, part
+//   by part: while one is added up the next is still being multiplied, and S of the next block has begun. Weights are
+//   2^8 at most, so that those down to 2^-14 of a row's largest are normal numbers of e4m3. O is rescaled with every
+//   block: the multiplication is part of the addition.
 //
-//   consumer A    P V lo | P V hi | S lo | S hi |         softmax         | P V lo | ...
-//                           O lo     O hi
-//   consumer B               softmax            | P V lo | P V hi | S lo | S hi | ...
+//   consumer A   P V lo | P V hi | S 2 | S 0 | S 1 |          softmax           | P V lo | ...
+//                                   O lo  O hi
+//   consumer B              softmax                | P V lo | P V hi | S 2 | S 0 | S 1 | ...
 //
 // FLOPs: 512 a row and key. Bytes from L2: the keys once a tile, 256 a key.
 // Source: Shah et al. 2024 (FlashAttention-3), DeepSeek-AI 2024 (sums of fp8 in two levels).
@@ -32,10 +33,6 @@
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/wgmma_e4m3.cuh"
 
-#ifndef FP8_TURN
-#define FP8_TURN 1
-#endif
-
 namespace fastkernels {
 namespace {
 
@@ -44,17 +41,18 @@ struct Fp8Shape {
     static constexpr int kConsumers = 2;  // warpgroups
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kRows = 64 * kConsumers;
-    static constexpr int kKeys = 128;  // of a block
+    static constexpr int kKeys = 192;  // of a block, three times 64
+    static constexpr int kParts = kKeys / 64;
     static constexpr int kPanelColumns = 128;
     static constexpr int kPanels = 1;
     static constexpr int kQBytes = kRows * kHeadDim;
     static constexpr int kSlotBytes = kKeys * kHeadDim;  // a block of K, of V, of V transposed
     static constexpr int kQSlots = 2;
-    static constexpr int kSlots = 4;        // of K and of V
-    static constexpr int kTurnedSlots = 3;  // of V transposed
+    static constexpr int kSlots = 3;        // of K and of V
+    static constexpr int kTurnedSlots = 2;  // of V transposed
     static constexpr int kTurners = 2;      // warps that transpose
-    static constexpr int kProducerRegisters = 56;
-    static constexpr int kConsumerRegisters = 224;
+    static constexpr int kProducerRegisters = 40;
+    static constexpr int kConsumerRegisters = 232;
 };
 static_assert(Fp8Shape::kRows == prefill_rows_sm90(Fp8Shape::kHeadDim, 1));
 static_assert(Fp8Shape::kConsumers == Sm90Shape<Fp8Shape::kHeadDim>::kConsumers);  // combine_if_last
@@ -72,14 +70,13 @@ struct Fp8Shared {
     int last;       // whether this block combines the tile's splits
 };
 
-// Warp 1: K and V of every block, the last block first. A lane loads a box: lanes 0 to 15 of K, the others of V.
+// Warp 1: K and V of every block, the last block first. A lane loads a box of each.
 __device__ __forceinline__ void produce_fp8_keys(const Sm90Args& args, Fp8Shared& shared) {
     using Shape = Fp8Shape;
     constexpr int kKeys = Shape::kKeys;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
-    const int lane = threadIdx.x % 32, box_shift = args.box_shift;
-    const int is_v = lane / 16, box = lane % 16, box_key = box << box_shift;
+    const int lane = threadIdx.x % 32, box_shift = args.box_shift, box_key = lane << box_shift;
     const bool paged = p.page_size > 0;
 
     Place<Shape::kQSlots> tile_place;
@@ -91,7 +88,7 @@ __device__ __forceinline__ void produce_fp8_keys(const Sm90Args& args, Fp8Shared
             break;
         }
         const int32_t* pages = paged ? p.page_table + tile.seq * p.page_table_seq_stride : nullptr;
-        const auto look_up = [&](int block) {  // the row of this lane's box
+        const auto look_up = [&](int block) {  // the row of this lane's boxes
             const int key = tile.begin + block * kKeys + box_key;
             if (!paged) {
                 return tile.k_begin + key;
@@ -109,18 +106,18 @@ __device__ __forceinline__ void produce_fp8_keys(const Sm90Args& args, Fp8Shared
             const int next_row = look_up(block - 1);
             const int keys = tile.len_k - (tile.begin + block * kKeys);  // that the sequence has from here on
             const int boxes = max(0, min(kKeys, keys + (1 << box_shift) - 1)) >> box_shift;
-            const uint32_t full = shared_address(&shared.full[is_v][place.slot]);
-            mbarrier_wait(shared_address(&shared.empty[is_v][place.slot]), place.parity ^ 1);
-            if (box == 0) {
-                mbarrier_arrive_expect_bytes(full, boxes << box_shift << 7);
-            }
-            __syncwarp();
-            const uint32_t to = shared_address(shared.keys[is_v][place.slot]) + box_key * 128;
-            const int head = paged ? 0 : tile.kv_head;
-            if (box < boxes && !is_v) {
-                tma_load(to, args.k_map, 0, head, row, full);
-            } else if (box < boxes) {
-                tma_load(to, args.v_map, 0, head, row, full);
+#pragma unroll
+            for (int is_v = 0; is_v < 2; ++is_v) {
+                const uint32_t full = shared_address(&shared.full[is_v][place.slot]);
+                mbarrier_wait(shared_address(&shared.empty[is_v][place.slot]), place.parity ^ 1);
+                if (lane == 0) {
+                    mbarrier_arrive_expect_bytes(full, boxes << box_shift << 7);
+                }
+                __syncwarp();
+                if (lane < boxes) {
+                    tma_load(shared_address(shared.keys[is_v][place.slot]) + box_key * 128,
+                             is_v ? args.v_map : args.k_map, 0, paged ? 0 : tile.kv_head, row, full);
+                }
             }
             row = next_row;
             place.next();
@@ -137,18 +134,18 @@ __device__ __forceinline__ void produce_fp8_keys(const Sm90Args& args, Fp8Shared
 // NaN and other sequences' or stale keys may lie there.
 __device__ __forceinline__ void turn_values(const Sm90Args& args, Fp8Shared& shared, int half) {
     using Shape = Fp8Shape;
-    constexpr int kKeys = Shape::kKeys, kChunks = Shape::kHeadDim / 16 / Shape::kTurners;
+    constexpr int kKeys = Shape::kKeys, kHeadDim = Shape::kHeadDim, kChunks = kHeadDim / 16 / Shape::kTurners;
     const int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     // Lane addresses within a slot (common/ptx/ldmatrix.cuh): read are 32 keys of 16 dimensions, written are the even
     // and the odd dimensions of the first 16 keys, then of the others.
-    uint32_t read[kChunks], write[kKeys / 32];
+    uint32_t read[kChunks], write[2];
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
         read[chunk] = lane * 128 + ((half * kChunks + chunk) ^ r) * 16;
     }
 #pragma unroll
-    for (int i = 0; i < kKeys / 32; ++i) {
-        write[i] = (half * kChunks * 16 + matrix % 2 * 8 + r) * 128 + ((i * 2 + matrix / 2) ^ r) * 16;
+    for (int i = 0; i < 2; ++i) {
+        write[i] = (half * kChunks * 16 + matrix % 2 * 8 + r) * 64 + ((i * 2 + matrix / 2) ^ r / 2) * 16;
     }
 
     Place<Shape::kQSlots> tile_place;
@@ -169,15 +166,16 @@ __device__ __forceinline__ void turn_values(const Sm90Args& args, Fp8Shared& sha
             mbarrier_wait(shared_address(&shared.turned_empty[turned_place.slot]), turned_place.parity ^ 1);
             const auto turn = [&](auto clears) {
 #pragma unroll
-                for (int i = 0; i < kKeys / 32; ++i) {
-                    uint32_t pairs[kChunks][4];
+                for (int j = 0; j < kKeys / 32 * kChunks; j += 2) {  // two at a time: registers are scarce
+                    uint32_t pairs[2][4];
 #pragma unroll
-                    for (int chunk = 0; chunk < kChunks; ++chunk) {
-                        ldmatrix_x4_trans(pairs[chunk], from + read[chunk] + i * (32 * 128));
+                    for (int e = 0; e < 2; ++e) {
+                        ldmatrix_x4_trans(pairs[e], from + read[(j + e) % kChunks] + (j + e) / kChunks * (32 * 128));
                     }
 #pragma unroll
-                    for (int chunk = 0; chunk < kChunks; ++chunk) {
-                        uint32_t (&x)[4] = pairs[chunk];
+                    for (int e = 0; e < 2; ++e) {
+                        const int i = (j + e) / kChunks, chunk = (j + e) % kChunks;
+                        uint32_t (&x)[4] = pairs[e];
                         if constexpr (decltype(clears)::value) {
 #pragma unroll
                             for (int m = 0; m < 4; ++m) {
@@ -185,9 +183,9 @@ __device__ __forceinline__ void turn_values(const Sm90Args& args, Fp8Shared& sha
                                 x[m] &= left >= 2 ? 0xffffffffu : left == 1 ? 0x0000ffffu : 0u;
                             }
                         }
-                        stmatrix_x4(to + write[i] + chunk * (16 * 128), permute_bytes(x[0], x[1], 0x6420),
-                                    permute_bytes(x[0], x[1], 0x7531), permute_bytes(x[2], x[3], 0x6420),
-                                    permute_bytes(x[2], x[3], 0x7531));
+                        stmatrix_x4(to + i / 2 * (kHeadDim * 64) + write[i % 2] + chunk * (16 * 64),
+                                    permute_bytes(x[0], x[1], 0x6420), permute_bytes(x[0], x[1], 0x7531),
+                                    permute_bytes(x[2], x[3], 0x6420), permute_bytes(x[2], x[3], 0x7531));
                     }
                 }
             };
@@ -226,55 +224,30 @@ __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, floa
     return packed;
 }
 
-#ifndef FP8_POLY
-#define FP8_POLY 0
-#endif
-__device__ __forceinline__ float poly_exp2(float x) {
-    x = fmaxf(x, -126.0f);
-    const float t = x + 12582912.0f;
-    const float f = x - (t - 12582912.0f);
-    float y = fmaf(fmaf(0.23842869f, f, 0.70344814f), f, 1.00044317f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(t) << 23));
+// The largest score of 64 keys and of what was seen before.
+__device__ __forceinline__ void raise_max(const float (&s)[32], float (&max)[2]) {
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+        float& m = max[i / 2 % 2];
+        m = fmaxf(m, fmaxf(s[i], s[i + 1]));
+    }
 }
 
-// The weights of a block of 128 keys, 2^(exponent * (S - max) + kLargestWeight), as the A operand of P V, and what
-// earlier weights are worth now.
-__device__ __forceinline__ void weigh_fp8(float (&s)[2][32], RowState& rows, float (&correction)[2],
-                                          uint32_t (&weights)[4][4], float exponent) {
-    float shift[2];
+// The weights of 64 keys, 2^(exponent * S - shift), as the A operand of P V, and their sums.
+__device__ __forceinline__ void weigh(float (&s)[32], const float (&shift)[2], float exponent, float (&sum)[2],
+                                      uint32_t (&weights)[2][4]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float m = rows.max[half];
-#pragma unroll
-        for (int i = 0; i < 64; i += 4) {
-            m = fmaxf(m, fmaxf(s[i / 32][i % 32 + half * 2], s[i / 32][i % 32 + half * 2 + 1]));
-        }
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-        const float finite = m == kNegInf ? 0.0f : m;  // no key seen yet
-        correction[half] = exp2_approx((rows.max[half] - finite) * exponent);
-        shift[half] = fmaf(finite, exponent, -kLargestWeight);
-        rows.max[half] = m;
-    }
-    float sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-        float& x = s[i / 32][i % 32];
-        x = fmaf(x, exponent, -shift[i / 2 % 2]);
-        x = i / 4 % 8 < FP8_POLY ? poly_exp2(x) : exp2_approx(x);
-        sum[i / 2 % 2] += x;
+    for (int i = 0; i < 32; ++i) {
+        s[i] = exp2_approx(fmaf(s[i], exponent, -shift[i / 2 % 2]));
+        sum[i / 2 % 2] += s[i];
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const float* x = s[i / 2] + i % 2 * 16 + j / 2 * 8 + j % 2 * 2;
+            const float* x = s + i * 16 + j / 2 * 8 + j % 2 * 2;
             weights[i][j] = pack_e4m3(x[0], x[1], x[4], x[5]);
         }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        rows.sum[half] = rows.sum[half] * correction[half] + sum[half];
     }
 }
 
@@ -328,7 +301,7 @@ __device__ __forceinline__ void store_fp8(const Sm90Args& args, Fp8Shared& share
 template <typename T, bool kSoftCap>
 __device__ __forceinline__ void consume_fp8(const Sm90Args& args, Fp8Shared& shared) {
     using Shape = Fp8Shape;
-    constexpr int kKeys = Shape::kKeys;
+    constexpr int kKeys = Shape::kKeys, kParts = Shape::kParts;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
     const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4,
@@ -339,11 +312,11 @@ __device__ __forceinline__ void consume_fp8(const Sm90Args& args, Fp8Shared& sha
     Place<Shape::kQSlots> q_place;
     Place<Shape::kSlots> k_place;
     Place<Shape::kTurnedSlots> v_place;
-    if (FP8_TURN && consumer == 0) {
+    if (consumer == 0) {
         named_barrier_arrive(kTurnBarrier, 256);  // the first turn
     }
-    uint32_t q[4][4], weights[4][4];
-    float x[2][32];  // S, keys 0 to 63 and 64 to 127; then P V of the block, dimensions 0 to 63 and 64 to 127
+    uint32_t q[4][4], weights[kParts][2][4];
+    float x[kParts][32];  // S, 64 keys each; then P V of the block, dimensions 0 to 63 and 64 to 127
     float o[2][32];
 
     const auto release = [&](uint64_t* barrier) {
@@ -351,45 +324,31 @@ __device__ __forceinline__ void consume_fp8(const Sm90Args& args, Fp8Shared& sha
             mbarrier_arrive(shared_address(barrier));
         }
     };
-    const auto issue_scores = [&](int half) {
-        const uint32_t k = shared_address(shared.keys[0][k_place.slot]) + half * (64 * 128);
+    const auto issue_scores = [&](int part) {
+        const uint64_t k = wgmma_k_major(shared_address(shared.keys[0][k_place.slot])) + part * (64 * 128 / 16);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            wgmma_e4m3_n64(x[half], q[i], wgmma_k_major(k + i * 32), i > 0);
+            wgmma_e4m3_n64(x[part], q[i], k + i * 2, i > 0);
         }
         wgmma_commit();
     };
     const auto issue_output = [&](int half) {
-#ifdef FP8_ONE_LEVEL
-        const uint32_t v1 = shared_address(shared.turned[v_place.slot]) + half * (64 * 128);
+        const uint64_t v = wgmma_k_major_64(shared_address(shared.turned[v_place.slot])) + half * (64 * 64 / 16);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            wgmma_e4m3_n64(o[half], weights[i], wgmma_k_major(v1 + i * 32), 1);
-        }
-        wgmma_commit();
-        return;
-#endif
-        const uint32_t v = shared_address(shared.turned[v_place.slot]) + half * (64 * 128);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            wgmma_e4m3_n64(x[half], weights[i], wgmma_k_major(v + i * 32), i > 0);
+        for (int i = 0; i < kKeys / 32; ++i) {
+            wgmma_e4m3_n64(x[half], weights[i / 2][i % 2], v + i / 2 * (Shape::kHeadDim * 64 / 16) + i % 2 * 2, i > 0);
         }
         wgmma_commit();
     };
     float correction[2];
     const auto add_output = [&](int half) {
-#ifdef FP8_ONE_LEVEL
-        wgmma_hold(o[half]);
-        return;
-#endif
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             o[half][i] = fmaf(o[half][i], correction[i / 2 % 2], x[half][i]);
         }
     };
     const auto load_q = [&] {
-        const uint32_t from = shared_address(shared.q[q_place.slot]) +
-                              (consumer * 64 + warp * 16 + lane % 16) * 128;
+        const uint32_t from = shared_address(shared.q[q_place.slot]) + (consumer * 64 + warp * 16 + lane % 16) * 128;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             ldmatrix_x4(q[i], from + ((i * 2 + lane / 16) ^ lane % 8) * 16);
@@ -430,48 +389,58 @@ __device__ __forceinline__ void consume_fp8(const Sm90Args& args, Fp8Shared& sha
     load_q();
     mbarrier_wait(shared_address(&shared.full[0][0]), 0);
     wgmma_fence();
+    issue_scores(2);
     issue_scores(0);
     issue_scores(1);
     begin_tile();
     for (bool more = true; more;) {
-        // --- The weights of a block of keys --------------------------------------------------------------------------
-        wgmma_wait<0>();
-        wgmma_hold(x[0]);
-        wgmma_hold(x[1]);
-        release(&shared.empty[0][k_place.slot]);
-        k_place.next();
-        if constexpr (kSoftCap) {
-            cap_scores(x[0], tanh_exponent);
-            cap_scores(x[1], tanh_exponent);
-        }
-        if (block >= mask_from || block < mask_below) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int from = block * kKeys + half * 64;
+        // --- The weights of a block of keys, in the order in which S arrives -----------------------------------------
+        const bool masks = block >= mask_from || block < mask_below;
+        float max[2] = {rows.max[0], rows.max[1]};
+        const auto take_scores = [&](int part) {
+            wgmma_hold(x[part]);
+            if constexpr (kSoftCap) {
+                cap_scores(x[part], tanh_exponent);
+            }
+            if (masks) {
+                const int from = block * kKeys + part * 64;
                 const int first[2] = {row_first[0] - from, row_first[1] - from};
                 const int last[2] = {row_last[0] - from, row_last[1] - from};
-                mask_scores(x[half], first, last);
+                mask_scores(x[part], first, last);
             }
-        }
-        weigh_fp8(x, rows, correction, weights, exponent);
-
-#ifdef FP8_HOLD
-        hold_back(rows.sum);
-#endif
-        // --- P V of the block, and S of the next or of the next tile's first -----------------------------------------
-        mbarrier_wait(shared_address(&shared.turned_full[v_place.slot]), v_place.parity);
-        if (FP8_TURN) {
-            named_barrier_sync(kTurnBarrier + consumer, 256);
-        }
-#ifdef FP8_ONE_LEVEL
+            raise_max(x[part], max);
+        };
+        wgmma_wait<0>();
+        release(&shared.empty[0][k_place.slot]);
+        k_place.next();
+        take_scores(2);
+        take_scores(0);
+        take_scores(1);
+        float shift[2], sum[2] = {};
 #pragma unroll
-        for (int i = 0; i < 64; ++i) o[i / 32][i % 32] *= correction[i / 2 % 2];
-#endif
+        for (int half = 0; half < 2; ++half) {
+            max[half] = fmaxf(max[half], __shfl_xor_sync(0xffffffffu, max[half], 1));
+            max[half] = fmaxf(max[half], __shfl_xor_sync(0xffffffffu, max[half], 2));
+            const float finite = max[half] == kNegInf ? 0.0f : max[half];  // no key seen yet
+            correction[half] = exp2_approx((rows.max[half] - finite) * exponent);
+            shift[half] = fmaf(finite, exponent, -kLargestWeight);
+            rows.max[half] = max[half];
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            weigh(x[part], shift, exponent, sum, weights[part]);
+        }
+        rows.sum[0] = rows.sum[0] * correction[0] + sum[0];
+        rows.sum[1] = rows.sum[1] * correction[1] + sum[1];
+
+        // --- P V of the block, and S of the next or of the next tile's first -----------------------------------------
+        const bool last = block == 0;
+        const int q_slot = q_place.slot;
+        mbarrier_wait(shared_address(&shared.turned_full[v_place.slot]), v_place.parity);
+        named_barrier_sync(kTurnBarrier + consumer, 256);
         wgmma_fence();
         issue_output(0);
         issue_output(1);
-        const bool last = block == 0;
-        const int q_slot = q_place.slot;
         if (last) {
             q_place.next();
             mbarrier_wait(shared_address(&shared.q_full[q_place.slot]), q_place.parity);
@@ -481,21 +450,21 @@ __device__ __forceinline__ void consume_fp8(const Sm90Args& args, Fp8Shared& sha
         if (more) {  // past the last tile S is made of what lies there, since the compiler wants no branch around it
             mbarrier_wait(shared_address(&shared.full[0][k_place.slot]), k_place.parity);
         }
-        wgmma_wait<1>();
+        wgmma_fence();
+        issue_scores(2);
+        wgmma_wait<2>();
         wgmma_hold(x[0]);
         add_output(0);
         wgmma_fence();
         issue_scores(0);
-        wgmma_wait<1>();
+        wgmma_wait<2>();
         wgmma_hold(x[1]);
         release(&shared.turned_empty[v_place.slot]);
         v_place.next();
         add_output(1);
         wgmma_fence();
         issue_scores(1);
-        if (FP8_TURN) {
-            named_barrier_arrive(kTurnBarrier + (1 - consumer), 256);
-        }
+        named_barrier_arrive(kTurnBarrier + (1 - consumer), 256);
         --block;
         if (last) {
             store_fp8<T>(args, shared, shared.tiles[q_slot], o, rows, exponent, row, quad);
@@ -509,6 +478,7 @@ __device__ __forceinline__ void consume_fp8(const Sm90Args& args, Fp8Shared& sha
     wgmma_wait<0>();
     wgmma_hold(x[0]);
     wgmma_hold(x[1]);
+    wgmma_hold(x[2]);
 }
 
 // Warpgroup 0 is the producer, the others consume.

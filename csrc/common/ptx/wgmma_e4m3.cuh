@@ -3,12 +3,20 @@
 //
 // Both matrices are K-major: B in shared memory in rows of 128 elements of K, swizzled, K steps of 32 elements 32 bytes
 // apart (wgmma_k_major). Of A [64, 32] a lane holds, with g = lane / 4 and t = lane % 4, four bytes each of
-//   a[0] A[16w + g][4t ...]   a[1] A[16w + g + 8][4t ...]   a[2] A[16w + g][16 + 4t ...]   a[3] A[16w + g + 8][16 + 4t ...]
+//   a[0] A[16w + g][4t ...]   a[1] A[16w + g + 8][4t ...]   a[2] A[16w + g][16 + 4t ...]   a[3] A[16w + g + 8][16 + 4t
+//   ...]
 #pragma once
 
 #include "common/ptx/wgmma.cuh"
 
 namespace fastkernels {
+
+// Descriptor of a K-major matrix in rows of 64 elements of K: the 16-byte piece c of row r lies at piece c ^ (r / 2 %
+// 4).
+__device__ __forceinline__ uint64_t wgmma_k_major_64(uint32_t address) {
+    constexpr uint64_t kSwizzle64 = 2ull << 62;
+    return kSwizzle64 | static_cast<uint64_t>(512 >> 4) << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
+}
 
 // D [64, 64] (+)= A [64, 32] B [64, 32]^T, A in registers.
 __device__ __forceinline__ void wgmma_e4m3_n64(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
