@@ -328,7 +328,10 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     for (int i = 0; i < kRowTiles; ++i) {
         row_max[i][0] = row_max[i][1] = kNegInf;
     }
-    const float qk_scale = scale_of<KV>(a.p.q_scale, kv_head) * scale_of<KV>(a.p.k_scale, kv_head);
+    float qk_scale = scale_of<KV>(a.p.k_scale, kv_head);
+    if constexpr (std::is_same_v<KV, e4m3>) {
+        qk_scale *= scale_of<KV>(a.p.q_scale, kv_head);
+    }
     const float exponent = a.exponent * (a.p.soft_cap > 0.0f ? 1.0f : qk_scale);
     const float tanh_exponent = a.tanh_exponent * qk_scale;
     // Lane addresses within a slot (common/ptx/ldmatrix.cuh): K's rows are B's columns, V is transposed on the way.
