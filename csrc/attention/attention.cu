@@ -1,6 +1,7 @@
 // The launcher of attention: checks, brings pages and contiguous keys to one form, and chooses the kernels:
 //   attention_decode.cuh   the decode tiles: bf16 and fp16, head_dim 64, 80, 96, 128, 256, 16-byte aligned
 //   attention_sm90.cuh     the prefill tiles among those, on Hopper and in steps of some size
+//   attention_fp8_sm90.cuh those of e4m3 queries and keys, likewise
 //   attention_mma.cuh      the prefill tiles elsewhere
 //   attention_plain.cu     all else up to head_dim 256
 //
@@ -12,6 +13,7 @@
 #include <bit>
 
 #include "attention/attention_decode.h"
+#include "attention/attention_fp8_sm90.h"
 #include "attention/attention_mma.h"
 #include "attention/attention_sm90.h"
 #include "common/dtype.cuh"
@@ -31,15 +33,17 @@ constexpr float kLog2e = 1.4426950408889634f;
 bool fits_tensor_cores(const AttentionParams& p) {
     const auto addresses = reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k) |
                            reinterpret_cast<uintptr_t>(p.v) | reinterpret_cast<uintptr_t>(p.out);
-    const auto strides = p.q_token_stride | p.q_head_stride | p.k_token_stride | p.k_head_stride | p.v_token_stride |
-                         p.v_head_stride | p.out_token_stride | p.out_head_stride;
+    const auto strides_bytes = (p.q_token_stride | p.q_head_stride) * static_cast<int64_t>(size_bytes(p.q_dtype)) |
+                               (p.k_token_stride | p.k_head_stride | p.v_token_stride | p.v_head_stride) *
+                                   static_cast<int64_t>(size_bytes(p.kv_dtype)) |
+                               (p.out_token_stride | p.out_head_stride) * 2;
     const bool has_kernel =
         p.head_dim == 64 || p.head_dim == 80 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
     // The decode kernel of the largest heads wants more shared memory than GPUs of sm_86 and sm_89 have.
     const bool has_room =
         p.head_dim <= 128 || device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kLargestSharedBytes;
     return has_kernel && has_room && (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.scale > 0.0f &&
-           addresses % 16 == 0 && strides % 8 == 0;
+           addresses % 16 == 0 && strides_bytes % 16 == 0;
 }
 
 AttentionMmaArgs attention_args(const AttentionParams& p) {
@@ -122,11 +126,12 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     a.prefetch_keys = p.num_tokens <= kPrefetchTokens;
     const bool planned_for_sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, a.group, p.dtype);
     a.prefill_rows = planned_for_sm90 ? prefill_rows_sm90(p.head_dim, a.group) : prefill_rows(p.head_dim);
-    const bool plain_keys = p.kv_dtype == p.dtype, sm90 = planned_for_sm90 && plain_keys && p.tree_mask == nullptr;
+    const bool plain_keys = p.kv_dtype == p.dtype, fp8 = takes_fp8_sm90(p);
+    const bool sm90 = planned_for_sm90 && (plain_keys || fp8) && p.tree_mask == nullptr;
     // Prefill first, on as many SMs as the plan gives it; the decodes fill the others, and all in the end.
     a.beside_prefill = sm90;
     if (sm90) {
-        attention_sm90(a, stream);
+        fp8 ? attention_fp8_sm90(a, stream) : attention_sm90(a, stream);
     }
     const int64_t units = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms) * p.num_kv_heads;
     launch_decode(a, dim3(static_cast<unsigned>(std::min<int64_t>(units, kDecodeBlocksPerSm * sms))), stream);
@@ -158,10 +163,9 @@ void attention_cuda(const AttentionParams& p, void* stream) {
               "attention needs the work map of attention_plan and a workspace, aligned to 16 bytes");
         launch_tensor_cores(a, stream);
     } else {
-        check(
-            p.kv_dtype == p.dtype && p.tree_mask == nullptr,
-            "attention with a one-byte KV cache or a tree mask takes bf16 and fp16, a positive scale, head_dim 64, 80, "
-            "96, 128 or 256 and addresses and strides in multiples of 16 bytes");
+        check(p.kv_dtype == p.dtype && p.tree_mask == nullptr,
+              "attention with keys of one byte or a tree mask takes bf16 and fp16, a positive scale, head_dim 64, 80, "
+              "96, 128 or 256 and addresses and strides in multiples of 16 bytes");
         attention_plain_cuda(a, stream);
     }
 }

@@ -299,7 +299,11 @@ __device__ __forceinline__ void load_q(const AttentionMmaArgs& a, const Work& wo
         const int row = i * 16 + lane / 4 + half * 8;
         const bool valid = row < work.rows;
         const auto* q = static_cast<const uint16_t*>(a.p.q) + row_of_q(a, work, kv_head, valid ? row : 0) + d * 16;
-        if constexpr (kIsByte<KV>) {
+        if (std::is_same_v<KV, e4m3> && a.p.q_dtype == DType::e4m3) {
+            const auto* bytes = static_cast<const unsigned char*>(a.p.q) + row_of_q(a, work, kv_head, valid ? row : 0);
+            const uint32_t four = valid ? *reinterpret_cast<const uint32_t*>(bytes + d * 16 + lane % 4 * 4) : 0;
+            unpack_bytes<e4m3, false>(four, fragment[half], fragment[half + 2]);
+        } else if constexpr (kIsByte<KV>) {
             const uint2 four = valid ? *reinterpret_cast<const uint2*>(q + lane % 4 * 4) : make_uint2(0, 0);
             fragment[half] = as_fp16(four.x, a.p.dtype);
             fragment[half + 2] = as_fp16(four.y, a.p.dtype);
@@ -357,9 +361,12 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     for (int i = 0; i < kRowTiles; ++i) {
         row_max[i][0] = row_max[i][1] = kNegInf;
     }
-    const float k_scale = scale_of<KV>(a.p.k_scale, kv_head);
-    const float exponent = a.exponent * (a.p.soft_cap > 0.0f ? 1.0f : k_scale);
-    const float tanh_exponent = a.tanh_exponent * k_scale;
+    float qk_scale = scale_of<KV>(a.p.k_scale, kv_head);
+    if constexpr (std::is_same_v<KV, e4m3>) {
+        qk_scale *= scale_of<KV>(a.p.q_scale, kv_head);
+    }
+    const float exponent = a.exponent * (a.p.soft_cap > 0.0f ? 1.0f : qk_scale);
+    const float tanh_exponent = a.tanh_exponent * qk_scale;
     // Lane addresses within a slot (common/ptx/ldmatrix.cuh): K's rows are B's columns, V is transposed on the way.
     const uint32_t byte_lane = lane % 16 * kStride;
     const uint32_t k_lane = kIsByte<KV> ? byte_lane : (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 16;
