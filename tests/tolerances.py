@@ -25,6 +25,14 @@ def assert_as_good_as_torch(
     )
 
 
+def assert_similar(result: torch.Tensor, exact: torch.Tensor, limit: float) -> None:
+    """1 - 2 sum(xy) / sum(x^2 + y^2) is below limit, the bound of matrix products."""
+    x, y = result.double(), exact.double()
+    total = (x * x + y * y).sum()
+    difference = (((x - y) ** 2).sum() / total).item() if total > 0 else 0.0
+    assert difference < limit, f"the result is {difference:.3g} unlike the reference, the limit {limit}"
+
+
 def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """An output filled with NaN (or the type's lowest value), so that an element left unwritten shows."""
     value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min

@@ -22,6 +22,9 @@ inline void dot_rows(const T* weight, int64_t weight_stride, const T* x, int64_t
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             w[r] = load(weight + r * weight_stride + k);
+            if constexpr (kTokens == 1) {
+                __builtin_prefetch(weight + (r + kRows) * weight_stride + k);  // the next task's rows
+            }
         }
 #pragma GCC unroll 4
         for (int n = 0; n < kTokens; ++n) {

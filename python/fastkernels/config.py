@@ -438,6 +438,10 @@ class EngineConfig:
     disabled_passes:   compiler passes to leave out
     cuda_graphs:       replay small steps as CUDA graphs
     random_weights:    seeded random weights at the model's shapes, for benchmarks
+    quantization:      scheme that the weights of all linears but the head are rounded to as they are loaded:
+                       "fp8", "fp8-block", "int8", "int8-weight", "int4", "nvfp4", "mxfp4"; more in
+                       ``fastkernels.quantize``. On the CPU so far
+    head_quantization: the head's; None keeps it as it is
     Raises ConfigError for a value outside its range.
     """
 
@@ -452,6 +456,8 @@ class EngineConfig:
     disabled_passes: tuple[str, ...] = ()
     cuda_graphs: bool = True
     random_weights: bool = False
+    quantization: str | None = None
+    head_quantization: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))

@@ -81,6 +81,16 @@ def generate(
     dtype: Annotated[
         DType, typer.Option(help="auto: the checkpoint's on CUDA, fp32 on the CPU.")
     ] = DType.auto,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help="Round the weights as they are loaded: fp8, fp8-block, int8, int8-weight, int4, nvfp4, "
+            "mxfp4. On the CPU so far."
+        ),
+    ] = None,
+    head_quantization: Annotated[
+        str | None, typer.Option(help="The same for the head, which is kept as it is by default.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
     ] = False,
@@ -108,7 +118,15 @@ def generate(
         from fastkernels.llm import LLM  # the engine is imported once the arguments are known to be sound
 
         with loading_progress() as progress:
-            llm = LLM(model, device=device.value, dtype=dtype.value, max_num_seqs=1, progress=progress)
+            llm = LLM(
+                model,
+                device=device.value,
+                dtype=dtype.value,
+                max_num_seqs=1,
+                quantization=quantization,
+                head_quantization=head_quantization,
+                progress=progress,
+            )
         with llm:
             given = llm.encode_chat([{"role": "user", "content": text}]) if chat else text
             if json_output:

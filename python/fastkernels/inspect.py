@@ -47,13 +47,22 @@ def inspect(
     disable_pass: Annotated[
         list[str] | None, typer.Option(help=f"Leave out a pass: {', '.join(PASSES)}. May be repeated.")
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Scheme of the linears but the head, int4 say.")
+    ] = None,
+    head_quantization: Annotated[str | None, typer.Option(help="Scheme of the head.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Every layer, not the first and the last.")] = False,
 ) -> None:
     """Show the plan of a model, its kernels before and after fusion, and where its memory goes."""
     with failing_clearly():
         config = find_config(model)
         element_bytes = _element_bytes(dtype, config)
-        plan = compile_model(config, disabled_passes=disable_pass or ())
+        plan = compile_model(
+            config,
+            disabled_passes=disable_pass or (),
+            quantization=quantization,
+            head_quantization=head_quantization,
+        )
         seq_len = max_seq_len or config.max_position_embeddings
         ledger = estimate(
             plan,

@@ -67,7 +67,8 @@ class LLM:
     model:  a Hugging Face checkpoint folder, "demo", or with random_weights=True the name of a preset
             (``fastkernels.models.presets``)
     device, dtype, max_seq_len, max_num_seqs, max_num_tokens, page_size, kv_cache_bytes, kv_cache_fraction,
-    disabled_passes, cuda_graphs, random_weights: see ``config.EngineConfig``
+    disabled_passes, cuda_graphs, random_weights, quantization, head_quantization: see
+    ``config.EngineConfig``
     progress: called with (stage, done, total) while the model is loaded
 
     Raises ModelNotFoundError, DeviceError, CheckpointError, ConfigError, or EngineMemoryError with the

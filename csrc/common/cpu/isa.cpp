@@ -1,10 +1,21 @@
 #include "common/cpu/isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 namespace fastkernels::cpu {
 namespace {
+
+const char* name(Isa isa) {
+    switch (isa) {
+        case Isa::avx512vnni: return "avx512vnni";
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        case Isa::baseline: break;
+    }
+    return "baseline";
+}
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -15,15 +26,14 @@ Isa detect() {
         best = Isa::avx2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            best = Isa::avx512;
+            best = __builtin_cpu_supports("avx512vnni") ? Isa::avx512vnni : Isa::avx512;
         }
     }
     if (const char* wanted = std::getenv("FASTKERNELS_CPU_ISA")) {
-        if (std::strcmp(wanted, "baseline") == 0) {
-            return Isa::baseline;
-        }
-        if (std::strcmp(wanted, "avx2") == 0 && best == Isa::avx512) {
-            return Isa::avx2;
+        for (const Isa lower : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+            if (std::strcmp(wanted, name(lower)) == 0) {
+                return std::min(lower, best);
+            }
         }
     }
     return best;
@@ -40,12 +50,7 @@ Isa isa() {
 }
 
 const char* isa_name() {
-    switch (isa()) {
-        case Isa::avx512: return "avx512";
-        case Isa::avx2: return "avx2";
-        case Isa::baseline: break;
-    }
-    return "baseline";
+    return name(isa());
 }
 
 }  // namespace fastkernels::cpu

@@ -24,4 +24,49 @@ inline constexpr int64_t kLinearMaxTokens = 16;
 void linear_cuda(const LinearParams& p, void* stream);
 void linear_cpu(const LinearParams& p);
 
+// Formats of a quantised weight. int8: two's complement. int4, e2m1: two neighbours of a row in a byte, the first in
+// the low half; int4 is unsigned, and stands for itself less its zero point.
+enum class WeightType : int8_t { int8, int4, e2m1, e4m3 };
+// fp32, fp16, bf16, fp8 e4m3, or an exponent, 2^(byte - 127)
+enum class ScaleType : int8_t { f32, f16, bf16, e4m3, e8m0 };
+// What x is rounded to before the product: nothing, or bytes with a scale a token or 128 elements (byte_scales.h).
+enum class Activation : int8_t { none, int8_token, e4m3_token, e4m3_block };
+
+// out = x W^T + bias for any number of tokens; W[n][k] = global_scale * scale * (weight - zero), where block_rows x
+// block_size neighbours share a scale. scale_rows = ceil(out_size / block_rows), scale_size = ceil(in_size /
+// block_size).
+struct QuantizedLinearParams {
+    const void* x;              // [num_tokens, in_size] of dtype, last dimension contiguous
+    const uint8_t* weight;      // [out_size, in_size], or [out_size, in_size / 2] of 4 bits, contiguous
+    const void* scales;         // [scale_rows, scale_size] of scale_type, contiguous
+    const uint8_t* zeros;       // int4: [out_size, scale_size], contiguous; null: all 8
+    const float* global_scale;  // [1], or null: 1
+    const void* bias;           // [out_size] of dtype, or null
+    void* out;                  // [num_tokens, out_size] of dtype, last dimension contiguous
+    int64_t num_tokens, in_size, out_size;
+    int64_t x_token_stride, out_token_stride;  // elements
+    int64_t block_rows, block_size;
+    bool interleaved;  // weight is as interleave_rows leaves it
+    WeightType weight_type;
+    ScaleType scale_type;
+    Activation activation;
+    DType dtype;
+};
+
+// Rows in the order one token reads them: 8 rows take turns by 64 bytes; what is left over of the rows stays.
+struct InterleaveParams {
+    const uint8_t* rows;  // [num_rows, row_bytes], contiguous
+    uint8_t* out;         // the same size
+    int64_t num_rows, row_bytes;
+};
+
+inline constexpr int64_t kInterleavedRows = 8, kInterleavedBytes = 64;
+
+void interleave_rows_cpu(const InterleaveParams& p);
+
+inline constexpr int64_t kQuantizedMaxInSize = 1 << 17;  // int32 holds as many products of two bytes
+
+void integer_linear_cpu(const QuantizedLinearParams& p);  // int8, int4, e2m1
+void fp8_linear_cpu(const QuantizedLinearParams& p);      // e4m3
+
 }  // namespace fastkernels

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
-from fastkernels.compiler.graph import CompileError, WeightSpec
+from fastkernels.compiler.graph import CompileError, Quantization, WeightSpec
 from fastkernels.compiler.ledger import EngineMemoryError, Ledger, format_bytes
 from fastkernels.compiler.lower import count_kernels, lower
 from fastkernels.compiler.memory import ArenaLayout, arena_layout
@@ -12,6 +13,7 @@ from fastkernels.compiler.passes import PASSES, UnknownPassError, enabled_passes
 from fastkernels.compiler.plan import Buffer, Plan, Report, Step
 from fastkernels.compiler.trace import trace
 from fastkernels.config import ModelConfig
+from fastkernels.quantize import find_scheme
 
 __all__ = [
     "PASSES",
@@ -31,14 +33,27 @@ __all__ = [
 ]
 
 
-def compile_model(config: ModelConfig, *, disabled_passes: Collection[str] = ()) -> Plan:
+def compile_model(
+    config: ModelConfig,
+    *,
+    disabled_passes: Collection[str] = (),
+    quantization: str | None = None,
+    head_quantization: str | None = None,
+) -> Plan:
     """The plan of the model that ``config`` describes.
 
-    disabled_passes: names in PASSES to leave out; the plan computes the same with more kernels
-    Raises UnknownPassError, UnsupportedModelError, or CompileError naming what has no step.
+    disabled_passes: names in PASSES to leave out; the plan computes the same with more kernels, or, without
+                     "quantize", with all weights as they are
+    quantization, head_quantization: names of schemes (``fastkernels.quantize``) of all linears but the head,
+                     and of the head
+    Raises UnknownPassError, UnsupportedModelError, QuantizationError, or CompileError naming what has no
+    step.
     """
     passes = enabled_passes(disabled_passes)
-    graph = trace(config)
+    schemes = Quantization(
+        *(None if name is None else find_scheme(name) for name in (quantization, head_quantization))
+    )
+    graph = replace(trace(config), quantization=schemes)
     kernels_before = count_kernels(graph)
     after_pass = {}
     for name, run in passes.items():

@@ -14,6 +14,7 @@ from math import prod
 from typing import Literal
 
 from fastkernels.config import ModelConfig
+from fastkernels.quantize import Scheme
 
 Rows = Literal["tokens", "logits"]
 Attribute = int | float | str | bool | None
@@ -44,6 +45,8 @@ class WeightSpec:
 
     how: "copy" one source | "concat_rows": the sources one below the other (a merged projection)
     source_rows: size of the first dimension of each source
+    dtype: "model" or a name of torch's
+    quantized: what it is a part of, where it is one: shape and dtype are then the part's
     """
 
     name: str
@@ -51,6 +54,25 @@ class WeightSpec:
     how: Literal["copy", "concat_rows"]
     shape: tuple[int, ...]
     source_rows: tuple[int, ...]
+    dtype: str = "model"
+    quantized: QuantizedPart | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """One of the tensors that ``scheme``, by its name, makes of the weight ``of``."""
+
+    of: WeightSpec
+    scheme: str
+    part: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The schemes of a model's linears; None: they stay as they are. The head's is its own."""
+
+    linears: Scheme | None = None
+    head: Scheme | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,7 @@ class Graph:
     nodes: tuple[Node, ...]
     output: Value
     weights: Mapping[str, WeightSpec]
+    quantization: Quantization = Quantization()
 
     def producers(self) -> dict[Value, int]:
         """Value -> index of the node that makes it."""

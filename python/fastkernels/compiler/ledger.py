@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
+
 from fastkernels.compiler.memory import arena_layout
 from fastkernels.compiler.plan import Plan
 from fastkernels.config import ModelConfig
@@ -92,7 +94,12 @@ def kv_bytes_per_page(config: ModelConfig, page_size: int, element_bytes: int) -
 
 
 def weights_bytes(plan: Plan, element_bytes: int) -> int:
-    return sum(prod(spec.shape) for spec in plan.weights.values()) * element_bytes
+    """element_bytes: of the model's dtype"""
+
+    def item_bytes(dtype: str) -> int:
+        return element_bytes if dtype == "model" else int(getattr(torch, dtype).itemsize)
+
+    return sum(prod(spec.shape) * item_bytes(spec.dtype) for spec in plan.weights.values())
 
 
 def estimate(

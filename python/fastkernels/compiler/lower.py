@@ -74,6 +74,7 @@ def _cache(node: Node) -> str:
 OPS: dict[str, _Op] = {
     "embedding": _Op(_plain, {}),
     "linear": _Op(_plain, {}),
+    "quantized_linear": _Op(_plain, {}),
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),
     "rope": _Op(lambda node, values: (*values, "positions", "cos_sin"), {0: (0,), 1: (1,)}),
@@ -156,7 +157,7 @@ class _Lowering:
         for layer in range(self.graph.config.num_layers):
             self._add_buffer(Buffer(kv_cache_name(layer), "kv_cache"))
         for name, spec in self.graph.weights.items():
-            self._add_buffer(Buffer(name, "weight", spec.shape))
+            self._add_buffer(Buffer(name, "weight", spec.shape, spec.dtype))
 
     def _attention_shape(self) -> dict[str, int | float | str | bool | None]:
         """Of the layers, which share one work map: right for any window, balanced for the first layer's."""

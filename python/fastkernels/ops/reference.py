@@ -143,6 +143,72 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.nn.functional.linear(x, weight, bias)
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def dequantize_weight(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_type: str,
+    block: tuple[int, int] | None = None,
+    zeros: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """[out_size, in_size] of dtype: what ``quantized_linear`` takes the weight for."""
+    if weight_type in ("int4", "e2m1"):
+        codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1).long()
+        values = codes if weight_type == "int4" else torch.tensor(_E2M1 + tuple(-v for v in _E2M1))[codes]
+        values = values.to(dtype)
+    else:
+        values = weight.to(dtype)
+    rows, size = block or (1, values.shape[1])
+    factors = torch.exp2(scales.to(dtype) - 127) if scales.dtype == torch.uint8 else scales.to(dtype)
+    if global_scale is not None:
+        factors = factors * global_scale.to(dtype)
+
+    def spread(by_block: torch.Tensor) -> torch.Tensor:
+        whole = by_block.repeat_interleave(rows, 0).repeat_interleave(size, 1)
+        return whole[: values.shape[0], : values.shape[1]]
+
+    if weight_type == "int4":
+        values = values - (8 if zeros is None else spread(zeros.to(dtype)))
+    return values * spread(factors)
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    weight_type: str,
+    block: tuple[int, int] | None = None,
+    zeros: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """In dtype; rounding x to bytes stays ``quantize``'s."""
+    full = dequantize_weight(weight, scales, weight_type, block, zeros, global_scale, dtype)
+    return torch.nn.functional.linear(
+        round_activation(x, activation, dtype), full, None if bias is None else bias.to(dtype)
+    )
+
+
+def round_activation(x: torch.Tensor, activation: str | None, dtype: torch.dtype) -> torch.Tensor:
+    """x in dtype, rounded to the bytes that ``activation`` names and scaled back."""
+    if activation is None:
+        return x.to(dtype)
+    size = 128 if activation.endswith("-block") else x.shape[-1]
+    byte_dtype = torch.int8 if activation == "int8" else torch.float8_e4m3fn
+    rounded = []
+    for part in x.split(size, -1):
+        values, by_row = quantize(part, "token", dtype=byte_dtype)
+        rounded.append(values.to(dtype) * by_row.to(dtype)[:, None])
+    return torch.cat(rounded, -1)
+
+
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.compiler import CompileError, Step
+from fastkernels.ops.quantized_gemm import ACTIVATIONS, WEIGHT_TYPES
+from fastkernels.quantize import find_scheme
 
 Call = Callable[[], object]
 Attributes = Mapping[str, Any]
@@ -47,6 +49,23 @@ def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes)
     if bias is None:
         return partial(_aten.mm.out, x, weight.t(), out=out)
     return partial(_aten.addmm.out, bias, x, weight.t(), out=out)
+
+
+def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    """x, the parts of the weight in the scheme's order, and the bias where there is one."""
+    scheme = find_scheme(attributes["scheme"])
+    x, packed, *rest = inputs
+    in_size = x.shape[1]
+    names = list(scheme.parts(packed.shape[0], in_size))[1:]
+    parts = dict(zip(names, rest, strict=False))
+    bias = rest[len(names)] if len(rest) > len(names) else None
+    return partial(
+        _fk.quantized_linear.default,
+        *(x, packed, parts["scales"], parts.get("zeros"), parts.get("global_scale"), bias),
+        *(WEIGHT_TYPES[scheme.weight_type], *scheme.block(in_size), ACTIVATIONS[scheme.activation]),
+        ops.interleaves(packed),  # as runtime/weights.py leaves them
+        outputs[0],
+    )
 
 
 def _streams_weight(x: Tensor, weight: Tensor) -> bool:
@@ -120,6 +139,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "attention_plan": _attention_plan,
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
+    "quantized_linear": _quantized_linear,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,

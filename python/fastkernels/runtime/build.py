@@ -112,8 +112,17 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
     report = progress or (lambda stage, done, total: None)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, source.config, device)
+    if device.type == "cuda" and (options.quantization or options.head_quantization):
+        raise DeviceError(
+            "quantised weights run on the CPU only so far; give device='cpu', or no quantization on CUDA"
+        )
     report("compiling", 0, 1)
-    plan = compile_model(source.config, disabled_passes=options.disabled_passes)
+    plan = compile_model(
+        source.config,
+        disabled_passes=options.disabled_passes,
+        quantization=options.quantization,
+        head_quantization=options.head_quantization,
+    )
     report("compiling", 1, 1)
 
     available_bytes = _available_bytes(device, options.kv_cache_fraction)

@@ -28,7 +28,7 @@ _Bound = TypeVar("_Bound")
 class Executor:
     """Runs the steps of ``plan`` on the contents of ``inputs``, for any batch that fits the sizes given here.
 
-    weights:        a tensor for every name in plan.weights, of ``dtype`` on ``device``
+    weights:        a tensor for every name in plan.weights, of its dtype or ``dtype``, on ``device``
     max_num_tokens: most rows of a step; max_num_seqs: most sequences, and logits rows, of a step
     max_seq_len:    tokens of the longest sequence: the length of the rotary table, and of a row of the page
     table
@@ -304,9 +304,10 @@ def _checked_weights(
         if name not in weights:
             raise ValueError(f"the weight {name!r} of the plan is missing")
         weight = weights[name]
-        if tuple(weight.shape) != spec.shape or weight.dtype != dtype or weight.device != device:
+        wanted = dtype if spec.dtype == "model" else getattr(torch, spec.dtype)
+        if tuple(weight.shape) != spec.shape or weight.dtype != wanted or weight.device != device:
             raise ValueError(
                 f"the weight {name!r} is {weight.dtype} {list(weight.shape)} on {weight.device}; the "
-                f"executor takes {dtype} {list(spec.shape)} on {device}"
+                f"executor takes {wanted} {list(spec.shape)} on {device}"
             )
     return {name: weights[name] for name in plan.weights}

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastkernels import ops
 from fastkernels.checkpoint.errors import CheckpointError
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import Plan, WeightSpec
 from fastkernels.models import build
+from fastkernels.quantize import QuantizationError, find_scheme
 
 Progress = Callable[[int, int], None]
 """Called with the weights that are ready and the number there are."""
@@ -27,19 +29,22 @@ def load_weights(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Every WeightSpec of ``plan`` from ``checkpoint``, cast to dtype; merged projections are put together in
-    place.
+    place, and quantised to nearest where the plan says so; on the CPU, packed rows that ``ops.interleaves``
+    takes are interleaved.
 
     A copy in the checkpoint's own dtype on the CPU shares its mapped file.
     Raises CheckpointError for a tensor that is missing, of another shape or not floating point, and for one
-    that the model has no place for.
+    that the model has no place for; QuantizationError for one that holds NaN or infinity.
     """
     _check_names(plan, checkpoint)
-    weights: dict[str, Tensor] = {}
-    for number, spec in enumerate(plan.weights.values(), start=1):
-        weights[spec.name] = _load(spec, checkpoint, torch.device(device), dtype)
-        if progress is not None:
-            progress(number, len(plan.weights))
-    return weights
+
+    def load(spec: WeightSpec) -> Tensor:
+        return _load(spec, checkpoint, torch.device(device), dtype)
+
+    def load_as_stored(spec: WeightSpec) -> Tensor:
+        return _load(spec, checkpoint, torch.device(device), None)
+
+    return _make_all(plan, load, load_as_stored, progress)
 
 
 def random_weights(
@@ -54,8 +59,8 @@ def random_weights(
     variance
     1 / in_features, so that activations stay of size 1 through any number of layers."""
     generator = torch.Generator(device).manual_seed(seed)
-    weights: dict[str, Tensor] = {}
-    for number, spec in enumerate(plan.weights.values(), start=1):
+
+    def make(spec: WeightSpec) -> Tensor:
         weight = torch.empty(spec.shape, dtype=dtype, device=device)
         if len(spec.shape) == 2:
             weight.normal_(0.0, spec.shape[1] ** -0.5, generator=generator)
@@ -63,15 +68,49 @@ def random_weights(
             weight.normal_(0.0, 0.02, generator=generator)
         else:
             weight.fill_(1.0)
-        weights[spec.name] = weight
+        return weight
+
+    return _make_all(plan, make, make, progress)
+
+
+def _make_all(
+    plan: Plan,
+    make: Callable[[WeightSpec], Tensor],
+    make_source: Callable[[WeightSpec], Tensor],
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """Every weight of the plan. make: gives those that are not quantised; make_source: what the others are
+    made of, in whatever dtype it is there."""
+    weights: dict[str, Tensor] = {}
+    for number, spec in enumerate(plan.weights.values(), start=1):
+        if spec.quantized is None:
+            weights[spec.name] = make(spec)
+        elif spec.name not in weights:
+            weights |= _quantize(spec.quantized.of, spec.quantized.scheme, make_source)
         if progress is not None:
             progress(number, len(plan.weights))
     return weights
 
 
-def _load(spec: WeightSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _quantize(of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]) -> dict[str, Tensor]:
+    try:
+        parts = find_scheme(scheme).quantize(make_source(of))
+    except QuantizationError as error:
+        raise QuantizationError(f"{of.name} cannot be quantised: {error}") from None
+    packed = parts["packed"]
+    if packed.device.type == "cpu" and ops.interleaves(packed):
+        parts["packed"] = ops.interleave_rows(packed)
+    return {f"{of.name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def _load(
+    spec: WeightSpec, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+) -> Tensor:
+    """dtype: None: that of the first source."""
     if spec.how == "copy":
-        return _source(checkpoint, spec.sources[0], spec.shape).to(device, dtype)
+        return _source(checkpoint, spec.sources[0], spec.shape).to(device=device, dtype=dtype)
+    if dtype is None:
+        dtype = _source(checkpoint, spec.sources[0], (spec.source_rows[0], *spec.shape[1:])).dtype
     whole = torch.empty(spec.shape, dtype=dtype, device=device)
     begin = 0
     for name, rows in zip(spec.sources, spec.source_rows, strict=True):

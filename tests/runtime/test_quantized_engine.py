@@ -1,0 +1,240 @@
+"""Engines with quantised weights: loaded as the scheme says, and as good as torch on the same weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fastkernels import LLM, SamplingParams, ops
+from fastkernels.checkpoint.reader import Checkpoint
+from fastkernels.checkpoint.weights import load_weights as load_definition
+from fastkernels.compiler import PASSES, compile_model
+from fastkernels.compiler.ledger import estimate, weights_bytes
+from fastkernels.config import ConfigError
+from fastkernels.models import build
+from fastkernels.ops import reference
+from fastkernels.quantize import SCHEMES, QuantizationError, Scheme, find_scheme
+from fastkernels.runtime.build import DEMO_FOLDER
+from fastkernels.runtime.weights import load_weights, random_weights
+from tests.checkpoints import make_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ["def fibonacci(n):", "import os\n", "class Queue:\n    def __init__(self"]
+NUM_TOKENS = 24
+NAMES = [*SCHEMES, "int4-g32", "int4-channel-zeros", "int4-zeros"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    return Checkpoint(DEMO_FOLDER)
+
+
+def definition_of(checkpoint: Checkpoint, scheme: Scheme, head: Scheme | None) -> nn.Module:
+    """The model's plain definition with dequantised weights and activations rounded as the scheme does."""
+    with torch.device("meta"):
+        model = build(checkpoint.config)
+    load_definition(model, checkpoint, dtype=torch.float32)
+    model.build_table(checkpoint.config.max_position_embeddings)
+    plan = compile_model(
+        checkpoint.config, quantization=scheme.name, head_quantization=head.name if head else None
+    )
+    weights = load_weights(plan, checkpoint, device="cpu", dtype=torch.float32)
+    for part in (spec.quantized for spec in plan.weights.values() if spec.quantized):
+        if part.part != "packed":
+            continue
+        of, one = part.of, find_scheme(part.scheme)
+        parts = {name: weights[f"{of.name}.{name}"] for name in one.parts(*of.shape)}
+        whole = one.dequantize({**parts, "packed": in_rows(parts["packed"])})
+        for source, rows in zip(of.sources, whole.split(list(of.source_rows)), strict=True):
+            path = "lm_head" if source == "model.embed_tokens.weight" else source.removesuffix(".weight")
+            linear = model.get_submodule(path)
+            linear.weight = nn.Parameter(rows, requires_grad=False)
+            linear.register_forward_pre_hook(
+                lambda module, args, one=one: (
+                    reference.round_activation(args[0], one.activation, torch.float32),
+                )
+            )
+    return model
+
+
+def in_rows(packed: torch.Tensor) -> torch.Tensor:
+    """What ``ops.interleave_rows`` was given; here there are multiples of 8 rows."""
+    if not ops.interleaves(packed):
+        return packed
+    groups = packed.view(packed.shape[0] // 8, packed.shape[1] // 64, 8, 64)
+    return groups.transpose(1, 2).reshape(packed.shape)
+
+
+def greedy(model: nn.Module, token_ids: list[int]) -> list[int]:
+    tokens = list(token_ids)
+    with torch.inference_mode():
+        for _ in range(NUM_TOKENS):
+            logits = model(torch.tensor(tokens), torch.arange(len(tokens)))
+            tokens.append(int(logits[-1].argmax()))
+    return tokens[len(token_ids) :]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [*((name, None) for name in NAMES), ("int4", "int8-weight"), ("int8", "fp8")]
+)
+def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
+    model = definition_of(demo, find_scheme(name), find_scheme(head) if head else None)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    with LLM("demo", device="cpu", max_num_seqs=4, quantization=name, head_quantization=head) as llm:
+        outputs = llm.generate(PROMPTS, params)
+        alone = llm.generate(PROMPTS[0], params)[0]
+        for output in outputs:
+            assert output.token_ids == greedy(model, output.prompt_token_ids)
+        assert alone.token_ids == outputs[0].token_ids
+        logits = llm.logits(outputs[0].prompt_token_ids)
+    with torch.inference_mode():
+        ids = torch.tensor(outputs[0].prompt_token_ids)
+        exact = model(ids, torch.arange(len(ids)))
+    # Where activations are rounded, sums in another order move some of them by a step.
+    limit = 2e-4 if find_scheme(name).activation is None else 2e-2
+    assert (logits - exact).abs().max() <= limit * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision(demo, name, dtype):
+    """Logits no further from the dequantised model in fp32 than twice the engine's own in that dtype."""
+    scheme = find_scheme(name)
+    ids = list(range(40, 100))
+    model = definition_of(demo, scheme, None)
+    with torch.inference_mode():
+        exact = model(torch.tensor(ids), torch.arange(len(ids)))
+    load_definition(model, demo, dtype=torch.float32)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    with torch.inference_mode():
+        plain_exact = model(torch.tensor(ids), torch.arange(len(ids)))
+
+    def error(exact: torch.Tensor, **options: str | None) -> float:
+        with LLM("demo", device="cpu", dtype=dtype, max_num_seqs=1, **options) as llm:
+            return ((llm.logits(ids) - exact).norm() / exact.norm()).item()
+
+    limit = 2 * error(plain_exact) if scheme.activation is None else 0.03
+    assert error(exact, quantization=name) <= limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_weights_are_the_schemes(demo, name):
+    """From the checkpoint's own dtype, merged first, in the plan's shapes; the ledger counts their bytes."""
+    scheme = find_scheme(name)
+    plan = compile_model(demo.config, quantization=name, head_quantization="int8")
+    weights = load_weights(plan, demo, device="cpu", dtype=torch.float16)
+    prefix = "model.layers.3.self_attn"
+    merged = torch.cat([demo.tensor(f"{prefix}.{part}_proj.weight") for part in "qkv"])
+    expected = scheme.quantize(merged)
+    for part, tensor in expected.items():
+        found = weights[f"{prefix}.qkv_proj.weight.{part}"]
+        found = in_rows(found) if part == "packed" else found
+        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
+    assert torch.equal(
+        in_rows(weights["model.embed_tokens.weight.packed"]),
+        find_scheme("int8").quantize(demo.tensor("model.embed_tokens.weight"))["packed"],
+    )
+    assert weights["model.embed_tokens.weight"].dtype == torch.float16
+    assert set(weights) == set(plan.weights)
+    assert weights_bytes(plan, 2) == sum(weight.nbytes for weight in weights.values())
+
+
+def test_random_weights_are_quantised(demo):
+    plan = compile_model(demo.config, quantization="int4")
+    weights = random_weights(plan, device="cpu", dtype=torch.bfloat16)
+    for name, spec in plan.weights.items():
+        wanted = torch.bfloat16 if spec.dtype == "model" else getattr(torch, spec.dtype)
+        assert (tuple(weights[name].shape), weights[name].dtype) == (spec.shape, wanted)
+
+
+def test_the_plan_and_the_ledger(demo):
+    sizes = {"max_num_tokens": 64, "max_num_seqs": 4, "max_seq_len": 128, "page_size": 16, "element_bytes": 2}
+
+    def bytes_of(**options: object) -> int:
+        return estimate(compile_model(demo.config, **options), **sizes).weights_bytes
+
+    plan = compile_model(demo.config, quantization="int4")
+    steps = [step for step in plan.steps if step.op == "quantized_linear"]
+    assert len(steps) == 4 * demo.config.num_layers
+    assert all(step.attributes["scheme"] == "int4" for step in steps)
+    assert [step.op for step in plan.steps[plan.head_start :]] == ["gather_rows", "linear"]
+    assert list(plan.report.after_pass) == list(PASSES)
+    linears = 10 * (512 * 256 + 256 * 256 + 1280 * 256 + 256 * 640)
+    assert bytes_of() - bytes_of(quantization="int4") == 2 * linears - linears // 2 - linears // 64
+    assert bytes_of() - bytes_of(quantization="int8") == linears - 4 * 10 * (512 + 256 + 1280 + 256)
+    # The embedding that the head shares stays.
+    assert bytes_of(head_quantization="int8") - bytes_of() == 4096 * 256 + 4096 * 4
+    assert bytes_of(quantization="int4", disabled_passes=["quantize"]) == bytes_of()
+
+
+@pytest.mark.parametrize("disabled", ["merge_qkv", "merge_gate_up", "select_rows", "quantize"])
+def test_without_a_pass(demo, disabled):
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    options = {"device": "cpu", "max_num_seqs": 1}
+    schemes = {"quantization": "int4-g32", "head_quantization": "int8"}
+    with LLM("demo", **options, **({} if disabled == "quantize" else schemes)) as llm:
+        expected = llm.generate(PROMPTS[0], params)[0].token_ids
+    with LLM("demo", **options, **schemes, disabled_passes=(disabled,)) as llm:
+        assert llm.generate(PROMPTS[0], params)[0].token_ids == expected
+
+
+def test_biases_are_kept(tmp_path):
+    """A model whose linears have biases, in rows that no group divides."""
+    folder = make_checkpoint(tmp_path, "llama-biased")
+    ids = list(range(3, 40))
+    with LLM(folder, device="cpu", max_num_seqs=1) as llm:
+        plain = llm.logits(ids)
+    for name in ("int8-weight", "fp8", "int4-channel"):
+        with LLM(folder, device="cpu", max_num_seqs=1, quantization=name, head_quantization=name) as llm:
+            logits = llm.logits(ids)
+        limit = 0.3 if name == "int4-channel" else 0.1
+        assert (logits - plain).norm() <= limit * plain.norm()
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_scheme_is_named():
+    with pytest.raises(
+        ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"
+    ):
+        LLM("demo", device="cpu", quantization="int5")
+    with pytest.raises(ConfigError, match="no quantization scheme is called 'w4'"):
+        LLM("demo", device="cpu", head_quantization="w4")
+
+
+def test_a_group_that_does_not_divide_is_named(demo):
+    config = replace(demo.config, intermediate_size=600)
+    with pytest.raises(
+        QuantizationError,
+        match=r"model.layers.0.mlp.down_proj.weight cannot be quantised: int4 takes rows of a multiple of "
+        "128, its groups; this weight's have 600",
+    ):
+        compile_model(config, quantization="int4")
+
+
+def test_a_broken_weight_is_named(demo, monkeypatch):
+    plan = compile_model(demo.config, quantization="int8")
+    tensor = demo.tensor
+
+    def broken(name: str, **options: object) -> torch.Tensor:
+        found = tensor(name, **options)
+        return torch.full_like(found, float("nan")) if name == "model.layers.1.mlp.up_proj.weight" else found
+
+    monkeypatch.setattr(demo, "tensor", broken)
+    with pytest.raises(
+        QuantizationError,
+        match=r"model.layers.1.mlp.gate_up_proj.weight cannot be quantised: int8 takes finite weights",
+    ):
+        load_weights(plan, demo, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+def test_cuda_is_refused():
+    from fastkernels.errors import DeviceError
+
+    with pytest.raises(DeviceError, match="quantised weights run on the CPU only so far; give device='cpu'"):
+        LLM("demo", device="cuda", quantization="int8")
