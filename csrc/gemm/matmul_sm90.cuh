@@ -20,6 +20,8 @@
 // Source: NVIDIA's CUTLASS (tiles, clusters), Zhao et al. 2025 (DeepGEMM: scales of blocks).
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "common/launch.h"
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/cp_async.cuh"
@@ -193,12 +195,12 @@ struct Consumer {
     template <bool kFirst>
     __device__ __forceinline__ void issue(Sum (&sum)[kSums]) {
         mbarrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
-        const uint32_t a = shared_address(shared.ring[ring.slot]) + group * (64 * 128);
-        const uint32_t b = shared_address(shared.ring[ring.slot]) + Shape::kABytes;
+        const uint32_t slot = shared_address(shared.ring[ring.slot]);
+        const uint64_t a = wgmma_k_major(slot + group * (64 * 128)), b = wgmma_k_major(slot + Shape::kABytes);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            wgmma_ss<T, kN>(sum, wgmma_k_major(a + k * 32), wgmma_k_major(b + k * 32), !kFirst || k > 0);
+            wgmma_ss<T, kN>(sum, a + k * (32 >> 4), b + k * (32 >> 4), !kFirst || k > 0);
         }
         wgmma_commit();
     }

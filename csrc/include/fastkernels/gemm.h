@@ -49,9 +49,11 @@ struct MatmulParams {
 
 inline constexpr int kNumMatmulTactics = 18;
 
-// Counters and partial sums of the calls of one stream.
+// Counters, then partial sums, of the calls of one stream.
+inline constexpr int64_t kMatmulCounterBytes = 16384;
+
 constexpr int64_t matmul_workspace_bytes(int num_sms) {
-    return 16384 + int64_t{num_sms} * 2 * 128 * 256 * 4;
+    return kMatmulCounterBytes + int64_t{num_sms} * 2 * 128 * 256 * 4;
 }
 
 void matmul_cuda(const MatmulParams& p, void* stream);
