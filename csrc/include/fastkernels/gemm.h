@@ -56,6 +56,7 @@ constexpr int64_t matmul_workspace_bytes(int num_sms) {
     return kMatmulCounterBytes + int64_t{num_sms} * 2 * 128 * 256 * 4;
 }
 
+int matmul_num_sms();  // of the current device
 void matmul_cuda(const MatmulParams& p, void* stream);
 
 // Formats of a quantised weight. int8: two's complement. int4, e2m1: two neighbours of a row in a byte, the first in
