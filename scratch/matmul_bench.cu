@@ -112,7 +112,7 @@ void check_type(const Type& t) {
     const int64_t unit = t.scales == MatmulScales::block ? 128 : 16 / t.bytes;
     double worst[2] = {0, 0}; int cases = 0;
     for (int tactic = -1; tactic < kNumMatmulTactics; ++tactic) {
-        if (tactic >= 0 && !has_matmul_tile(kMatmulTiles[tactic / 2], t.scales)) continue;
+        if (tactic >= 0 && !has_matmul_tile(kMatmulTiles[tactic / 2], t.dtype == DType::e4m3, t.scales)) continue;
         double here = 0;
         for (int64_t M : {1, 17, 31, 64, 65, 127, 128, 129, 300}) for (int64_t N : {8, 72, 256, 264, 1000, 4096}) for (int64_t K : {unit, 3 * unit, int64_t{512}, 1024 + unit, int64_t{4096}}) {
             if ((M * N > 200000 && K > 2000) || (tactic % 3 && M == 31)) continue;
@@ -148,7 +148,7 @@ void time_type(const Type& t) {
             const double bytes = double(s.N * s.K + M * s.K) * t.bytes + double(M) * s.N * 2, flops = 2.0 * M * s.N * s.K;
             std::string line; float best = 1e9f, chosen = 0; int best_tactic = -1;
             for (int tactic = -1; tactic < kNumMatmulTactics; ++tactic) {
-                if (tactic >= 0) { const MatmulTile& tile = kMatmulTiles[tactic / 2]; if (!has_matmul_tile(tile, t.scales) || (tile.tokens_are_a ? M <= 64 : M > 2 * tile.columns && M > 128)) continue; }
+                if (tactic >= 0) { const MatmulTile& tile = kMatmulTiles[tactic / 2]; if (!has_matmul_tile(tile, t.dtype == DType::e4m3, t.scales) || (tile.tokens_are_a ? M <= 64 : M > 2 * tile.columns && M > 128)) continue; }
                 MatmulParams p = params(t, M, s.N, s.K, 0, false, t.dtype == DType::f16 ? DType::f16 : DType::bf16); p.tactic = tactic;
                 const float us = time_one(p, t.bytes);
                 if (tactic < 0) chosen = us; else { char buf[32]; std::snprintf(buf, sizeof buf, " %d:%.1f", tactic, us); line += buf; if (us < best) { best = us; best_tactic = tactic; } }

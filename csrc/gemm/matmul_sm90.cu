@@ -33,10 +33,10 @@ MatmulSchedule schedule_of(const MatmulParams& p, const MatmulTile& tile, bool s
     const int64_t a_rows = tile.tokens_are_a ? p.num_tokens : p.out_size;
     const int64_t b_rows = tile.tokens_are_a ? p.out_size : p.num_tokens;
     const int64_t row_bytes = p.in_size * static_cast<int64_t>(size_bytes(p.dtype));
-    const int64_t a_tiles = ceil_div(a_rows, kMatmulRows * tile.cluster), b_tiles = ceil_div(b_rows, tile.columns);
+    const int64_t a_tiles = ceil_div(a_rows, tile.rows * tile.cluster), b_tiles = ceil_div(b_rows, tile.columns);
     check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
           " are more tiles than the kernel counts");
-    const int group = 2048 / (kMatmulRows * tile.cluster);  // what 132 SMs read of A and B is then about the same
+    const int group = 2048 / (tile.rows * tile.cluster);  // what 132 SMs read of A and B is then about the same
     return matmul_schedule(static_cast<int>(a_tiles), static_cast<int>(b_tiles),
                            static_cast<int>(ceil_div(row_bytes, 128)), std::max(1, sms / tile.cluster), group, split);
 }
@@ -53,10 +53,14 @@ int default_tactic(const MatmulParams& p, int sms) {
     } else if (p.num_tokens <= 128) {
         tile = is_block ? 3 : 7;
     } else {
-        const int64_t rows = ceil_div(p.num_tokens, kMatmulRows);
-        const bool in_pairs = rows % 2 == 0 || rows >= 8;
-        const bool is_large = p.dtype != DType::e4m3 && rows * ceil_div(p.out_size, 256) >= sms;
-        tile = (is_large ? 0 : 2) + (in_pairs ? 0 : 1);
+        const int64_t rows = ceil_div(p.num_tokens, 128);
+        const bool in_pairs = rows % 2 == 0 || rows >= 8, in_fours = rows % 4 == 0 || rows >= 16;
+        const bool is_large = rows * ceil_div(p.out_size, 256) >= sms;
+        if (p.dtype == DType::e4m3) {
+            tile = is_large && in_fours ? 9 : in_pairs ? 2 : 3;
+        } else {
+            tile = (is_large ? 0 : 2) + (in_pairs ? 0 : 1);
+        }
     }
     const MatmulSchedule whole = schedule_of(p, kMatmulTiles[tile], false, sms);
     const int64_t rounds = ceil_div(whole.tiles(), std::max(1, sms / kMatmulTiles[tile].cluster));
@@ -112,9 +116,8 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
                                   .box_rows = box_rows});
     };
     const int b_rows = tile.columns / tile.cluster;
-    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tile.tokens_are_a ? kMatmulRows : b_rows);
-    const CUtensorMap weight_map =
-        operand(p.weight, p.out_size, weight_stride, tile.tokens_are_a ? b_rows : kMatmulRows);
+    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tile.tokens_are_a ? tile.rows : b_rows);
+    const CUtensorMap weight_map = operand(p.weight, p.out_size, weight_stride, tile.tokens_are_a ? b_rows : tile.rows);
     const bool is_fp16 = p.out_dtype == DType::f16;
     const MatmulSchedule schedule = schedule_of(p, tile, tactic % 2 == 1, sms);
     const MatmulArgs args{

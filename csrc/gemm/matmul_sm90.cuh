@@ -3,20 +3,20 @@
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
 //   T, of x and weight: bf16 | fp16 | e4m3 | int8; out and bias: bf16 | fp16
 //
-// A tile is 128 rows of A for each block of the cluster, times kN rows of B. For many tokens A is x and B the weight;
+// A tile is kRows rows of A for each block of the cluster, times kN rows of B. For many tokens A is x and B the weight;
 // for few of them A is the weight and B the tokens, so that no row of the tensor core's 64 goes to waste. K is cut into
 // chunks of 128 bytes. Which block has which chunks of which tile: matmul_sm90_schedule.h.
-//   Producer, one thread: loads 128 rows of A and kN of B, a chunk at a time, into a ring. In a cluster a block loads
+//   Producer, one thread: loads kRows rows of A and kN of B, a chunk at a time, into a ring. In a cluster a block loads
 //   its part of B and sends it to all. What the weight has in the first round of the ring is asked for before
 //   griddepcontrol.wait, while the kernel before this one ends.
-//   Consumers, 2 warpgroups, 64 rows of A each: the product of a chunk is issued before that of the one before is
-//   waited for. Out passes through shared memory, and from there by TMA, which keeps to the matrix's edges.
+//   Consumers, 2 warpgroups, 64 rows of A each, or twice 64: the product of a chunk is issued before that of the one
+//   before is waited for. Out passes through shared memory, and from there by TMA, which keeps to the matrix's edges.
 // Sums are fp32, and int32 of int8. wgmma adds up e4m3 with about 14 bits: sums of 4 chunks, of one where blocks have
 // scales, are added to fp32 registers where there is room for both, that is, but for tiles of 256 columns.
 // A tile that is cut along K: every warpgroup leaves its part in the workspace, and who comes last adds the parts up in
 // their order, so nobody waits, and the same bits come out whoever it is.
 //
-// FLOPs: 2 * K an element of out. Bytes: from L2, kN rows of B a cluster and 128 rows of A a block and tile.
+// FLOPs: 2 * K an element of out. Bytes: from L2, kN rows of B a cluster and tile, kRows rows of A a block and tile.
 // Source: NVIDIA's CUTLASS (tiles, clusters), Zhao et al. 2025 (DeepGEMM: scales of blocks).
 #pragma once
 
@@ -35,14 +35,14 @@
 namespace fastkernels {
 namespace {
 
-template <typename T, bool kTokensAreA, int kN, int kCluster>
+template <typename T, bool kTokensAreA, int kRows, int kN, int kCluster>
 struct MatmulShape {
     static constexpr int kConsumers = 2;  // warpgroups
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kElements = 128 / static_cast<int>(sizeof(T));  // of a chunk
-    static constexpr int kABytes = kMatmulRows * 128, kBBytes = kN * 128, kSlotBytes = kABytes + kBBytes;
-    // Of out, as a warpgroup hands it to TMA: panels of 64 elements.
-    static constexpr int kPanels = !kTokensAreA ? 1 : kN < 128 ? kN / 64 : 2;
+    static constexpr int kABytes = kRows * 128, kBBytes = kN * 128, kSlotBytes = kABytes + kBBytes;
+    // Of out, as a warpgroup hands it to TMA: panels of 64 elements, two in turn.
+    static constexpr int kPanels = kTokensAreA ? 2 : 1;
     static constexpr int kPanelBytes = (kTokensAreA ? 64 : kN) * 128;
     static constexpr int kOutBytes = kConsumers * kPanels * kPanelBytes;
     static constexpr int kMostBytes = 227 * 1024;
@@ -76,17 +76,16 @@ struct RingPlace {
 
 // --- Producer --------------------------------------------------------------------------------------------------------
 
-template <typename Shape, bool kTokensAreA, int kN, int kCluster>
+template <typename Shape, bool kTokensAreA, int kRows, int kN, int kCluster>
 __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Shape>& shared, int worker, int rank) {
     constexpr int kColumns = kN / kCluster;  // of B that this block loads
     const MatmulSchedule& schedule = args.schedule;
-    // Few tokens: the weight passes through L2 once, and the tokens are read by all.
-    constexpr uint64_t kWeightPolicy = kTokensAreA ? kEvictNormal : kEvictFirst;
-    constexpr uint64_t kXPolicy = kTokensAreA ? kEvictNormal : kEvictLast;
+    // Of few tokens the weight passes through L2 once; x and the parts of tiles are to stay there.
+    constexpr uint64_t kWeightPolicy = kTokensAreA ? kEvictNormal : kEvictFirst, kXPolicy = kEvictNormal;
 
     const auto load_a = [&](int slot, const MatmulPlace& place, int chunk) {
         tma_load(shared_address(shared.ring[slot]), args.a_map, chunk * Shape::kElements,
-                 (place.a * kCluster + rank) * kMatmulRows, shared_address(&shared.full[slot]),
+                 (place.a * kCluster + rank) * kRows, shared_address(&shared.full[slot]),
                  kTokensAreA ? kXPolicy : kWeightPolicy);
     };
     const auto load_b = [&](int slot, const MatmulPlace& place, int chunk) {
@@ -149,10 +148,10 @@ __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Sha
 
 // --- Consumers -------------------------------------------------------------------------------------------------------
 
-// Scales of one chunk that a thread needs: of its two rows of D, or of its columns of D.
-template <bool kTokensAreA, int kN>
+// Scales of one chunk that a thread needs: of its rows of D, two for each 64, or of its columns of D.
+template <bool kTokensAreA, int kBlocks, int kN>
 struct ChunkScales {
-    static constexpr int kCount = kTokensAreA ? 2 : kN / 4;
+    static constexpr int kCount = kTokensAreA ? 2 * kBlocks : kN / 4;
     float weight, token[kCount];
 };
 
@@ -165,17 +164,19 @@ __device__ __forceinline__ uint32_t pack_out(float low, float high, bool is_fp16
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-template <typename T, MatmulScales kScales, bool kTokensAreA, int kN, int kCluster>
+template <typename T, MatmulScales kScales, bool kTokensAreA, int kRows, int kN, int kCluster>
 struct Consumer {
-    using Shape = MatmulShape<T, kTokensAreA, kN, kCluster>;
+    using Shape = MatmulShape<T, kTokensAreA, kRows, kN, kCluster>;
     using Sum = WgmmaSum<T>;
-    using Scales = ChunkScales<kTokensAreA, kN>;
     static constexpr int kSums = kN / 2;
+    static constexpr int kBlocks = kRows / (Shape::kConsumers * 64);  // of 64 rows that a warpgroup multiplies
+    using Scales = ChunkScales<kTokensAreA, kBlocks, kN>;
     // Chunks that wgmma adds up by itself; 0: all.
-    static constexpr int kPromote = !std::is_same_v<T, __nv_fp8_e4m3> ? 0
-                                    : kScales == MatmulScales::block  ? 1
-                                    : kN <= 128                       ? 4
-                                                                      : 0;
+    static constexpr int kPromote = !std::is_same_v<T, __nv_fp8_e4m3>               ? 0
+                                    : kScales == MatmulScales::block || kBlocks > 1 ? 1
+                                    : kN <= 128                                     ? 4
+                                                                                    : 0;
+    static_assert(kBlocks == 1 || (kPromote == 1 && kTokensAreA));
 
     const MatmulArgs& args;
     MatmulShared<Shape>& shared;
@@ -192,11 +193,15 @@ struct Consumer {
         }
     }
 
-    template <bool kFirst>
-    __device__ __forceinline__ void issue(Sum (&sum)[kSums]) {
+    __device__ __forceinline__ void wait_full() {
         mbarrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
+    }
+
+    template <bool kFirst>
+    __device__ __forceinline__ void issue(Sum (&sum)[kSums], int block) {
         const uint32_t slot = shared_address(shared.ring[ring.slot]);
-        const uint64_t a = wgmma_k_major(slot + group * (64 * 128)), b = wgmma_k_major(slot + Shape::kABytes);
+        const uint64_t a = wgmma_k_major(slot + (group * kBlocks + block) * (64 * 128));
+        const uint64_t b = wgmma_k_major(slot + Shape::kABytes);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -205,13 +210,16 @@ struct Consumer {
         wgmma_commit();
     }
 
-    // sum = A B^T of so many chunks, the next in the ring.
+    // sum = A B^T of so many chunks, the next in the ring. The first is apart, for the compiler's sake: it would order
+    // the loop's wgmmas behind each other if what they add to came from elsewhere.
     __device__ __forceinline__ void multiply(Sum (&sum)[kSums], int chunks) {
-        issue<true>(sum);
+        wait_full();
+        issue<true>(sum, 0);
         int slot = ring.slot;
         ring.next();
         for (int i = 1; i < chunks; ++i) {
-            issue<false>(sum);
+            wait_full();
+            issue<false>(sum, 0);
             wgmma_wait<1>();
             release(slot);
             slot = ring.slot;
@@ -222,9 +230,9 @@ struct Consumer {
         release(slot);
     }
 
-    // Token and row of the weight of the tile's first element, of this block.
+    // Row of A of this warpgroup's first row.
     __device__ __forceinline__ int first_row(const MatmulPlace& place) const {
-        return (place.a * kCluster + rank) * kMatmulRows + group * 64;
+        return (place.a * kCluster + rank) * kRows + group * (64 * kBlocks);
     }
 
     __device__ __forceinline__ Scales chunk_scales(const MatmulPlace& place, int chunk) const {
@@ -235,49 +243,83 @@ struct Consumer {
         const int first = kTokensAreA ? first_row(place) + warp * 16 + lane / 4 : place.b * kN + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < Scales::kCount; ++i) {
-            const int token = min(first + (kTokensAreA ? i * 8 : i / 2 * 8 + i % 2), last_token);
+            const int token = min(first + (kTokensAreA ? i / 2 * 64 + i % 2 * 8 : i / 2 * 8 + i % 2), last_token);
             scales.token[i] = __ldg(args.token_scales + static_cast<int64_t>(token) * chunks + chunk);
         }
         return scales;
     }
 
+    // sum += part, which is of one chunk, times the scales.
+    __device__ __forceinline__ void add_scaled(Sum (&sum)[kSums], const Sum (&part)[kSums], const Scales& scales,
+                                               int block) {
+        float factor[Scales::kCount];
+#pragma unroll
+        for (int i = 0; i < Scales::kCount; ++i) {
+            factor[i] = scales.token[i] * scales.weight;
+        }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            sum[i] = fmaf(part[i], factor[kTokensAreA ? block * 2 + i / 2 % 2 : i / 4 * 2 + i % 2], sum[i]);
+        }
+    }
+
+    static __device__ __forceinline__ void add(Sum (&sum)[kSums], const Sum (&part)[kSums]) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            sum[i] += part[i];
+        }
+    }
+
     // The sums of a segment. With kPromote, those of kPromote chunks at a time are added to fp32 registers.
-    __device__ __forceinline__ void multiply_segment(Sum (&sum)[kSums], const MatmulSegment& segment) {
+    __device__ __forceinline__ void multiply_segment(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
         if constexpr (kPromote == 0) {
-            multiply(sum, segment.end - segment.begin);
+            multiply(sum[0], segment.end - segment.begin);
         } else {
-            const MatmulPlace place = args.schedule.place(segment.tile);
-            Sum part[kSums];
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) {
-                sum[i] = 0;
+            for (int i = 0; i < kBlocks * kSums; ++i) {
+                sum[i / kSums][i % kSums] = 0;
             }
-            Scales next;
-            if constexpr (kScales == MatmulScales::block) {
-                next = chunk_scales(place, segment.begin);
-            }
-            for (int chunk = segment.begin; chunk < segment.end; chunk += kPromote) {
-                if constexpr (kScales == MatmulScales::block) {
-                    const Scales scales = next;
-                    next = chunk_scales(place, min(chunk + 1, segment.end - 1));
-                    multiply(part, 1);
-                    float factor[Scales::kCount];
-#pragma unroll
-                    for (int i = 0; i < Scales::kCount; ++i) {
-                        factor[i] = scales.token[i] * scales.weight;
-                    }
-#pragma unroll
-                    for (int i = 0; i < kSums; ++i) {
-                        sum[i] = fmaf(part[i], factor[kTokensAreA ? i / 2 % 2 : i / 4 * 2 + i % 2], sum[i]);
-                    }
-                } else {
+            if constexpr (kPromote == 1) {
+                multiply_by_chunk(sum, segment);
+            } else {
+                Sum part[kSums];
+                for (int chunk = segment.begin; chunk < segment.end; chunk += kPromote) {
                     multiply(part, min(kPromote, segment.end - chunk));
-#pragma unroll
-                    for (int i = 0; i < kSums; ++i) {
-                        sum[i] += part[i];
-                    }
+                    add(sum[0], part);
                 }
             }
+        }
+    }
+
+    __device__ __forceinline__ void multiply_by_chunk(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
+        constexpr bool kScaled = kScales == MatmulScales::block;
+        const MatmulPlace place = args.schedule.place(segment.tile);
+        Sum part[kSums];
+        Scales next;
+        if constexpr (kScaled) {
+            next = chunk_scales(place, segment.begin);
+        }
+        for (int chunk = segment.begin; chunk < segment.end; ++chunk) {
+            const Scales scales = next;
+            if constexpr (kScaled) {
+                next = chunk_scales(place, min(chunk + 1, segment.end - 1));
+            }
+            wait_full();
+#pragma unroll
+            for (int block = 0; block < kBlocks; ++block) {
+                issue<true>(part, block);
+                wgmma_wait<0>();
+                wgmma_hold(part);
+                if (block == kBlocks - 1) {
+                    release(ring.slot);
+                }
+                if constexpr (kScaled) {
+                    add_scaled(sum[block], part, scales, block);
+                } else {
+                    add(sum[block], part);
+                }
+            }
+            ring.next();
         }
     }
 
@@ -286,21 +328,22 @@ struct Consumer {
     }
 
     // Of a tile that is cut: leaves this warpgroup's part in the workspace. The last to come gets the whole sum.
-    __device__ __forceinline__ bool add_parts(Sum (&sum)[kSums], const MatmulSegment& segment) {
+    __device__ __forceinline__ bool add_parts(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
         const MatmulSchedule& schedule = args.schedule;
         const int thread = threadIdx.x % 128;
         const int first = schedule.first_worker(segment.tile), last = schedule.last_worker(segment.tile);
         const auto part = [&](int of) {
             const int slot = (of * kCluster + rank) * 2 + (of == first ? 1 : 0);
-            return reinterpret_cast<uint4*>(args.partials + static_cast<int64_t>(slot) * (kN * kMatmulRows) +
-                                            group * (kN * 64)) +
+            return reinterpret_cast<uint4*>(args.partials + static_cast<int64_t>(slot) * (kN * kRows) +
+                                            group * (kN * 64 * kBlocks)) +
                    thread;
         };
+        constexpr int kVectors = kSums / 4;
         uint4* mine = part(worker);
 #pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) {
-            __stcg(mine + i * 128,
-                   make_uint4(bits(sum[i * 4]), bits(sum[i * 4 + 1]), bits(sum[i * 4 + 2]), bits(sum[i * 4 + 3])));
+        for (int i = 0; i < kBlocks * kVectors; ++i) {
+            const Sum* x = sum[i / kVectors] + i % kVectors * 4;
+            __stcg(mine + i * 128, make_uint4(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3])));
         }
         __threadfence();
         sync_group();
@@ -315,19 +358,20 @@ struct Consumer {
             return false;
         }
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-            sum[i] = 0;
+        for (int i = 0; i < kBlocks * kSums; ++i) {
+            sum[i / kSums][i % kSums] = 0;
         }
 #pragma unroll(kSums <= 32 ? 4 : 1)
         for (int of = first; of <= last; ++of) {
             const uint4* theirs = part(of);
 #pragma unroll
-            for (int i = 0; i < kSums / 4; ++i) {
-                const uint4 x = __ldcg(theirs + i * 128);
-                sum[i * 4] += value(x.x);
-                sum[i * 4 + 1] += value(x.y);
-                sum[i * 4 + 2] += value(x.z);
-                sum[i * 4 + 3] += value(x.w);
+            for (int i = 0; i < kBlocks * kVectors; ++i) {
+                const uint4 y = __ldcg(theirs + i * 128);
+                Sum* x = sum[i / kVectors] + i % kVectors * 4;
+                x[0] += value(y.x);
+                x[1] += value(y.y);
+                x[2] += value(y.z);
+                x[3] += value(y.w);
             }
         }
         return true;
@@ -366,34 +410,28 @@ struct Consumer {
         return kScales == MatmulScales::channel ? args.token_scales[min(token, args.num_tokens - 1)] : 1.0f;
     }
 
-    // The place in shared memory is free once TMA has read what was there.
-    __device__ __forceinline__ void wait_out_free() const {
-        if (threadIdx.x % 128 == 0) {
-            tma_store_wait_read();
-        }
-        sync_group();
-    }
-
-    // x is A: D's rows are tokens. In passes of 128 columns, each two panels of 64 rows of 128 bytes.
-    __device__ __forceinline__ void store_rows(const Sum (&sum)[kSums], const MatmulPlace& place) {
-        constexpr int kPassColumns = Shape::kPanels * 64;
-        const int token = first_row(place), row = place.b * kN;
-        const uint32_t panels = shared_address(shared.out[group]);
+    // x is A: D's rows are tokens. A panel of 64 rows of 128 bytes at a time, one being filled while TMA reads the
+    // other.
+    __device__ __forceinline__ void store_rows(const Sum (&sum)[kSums], int token, int row) {
         float scale[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             scale[half] = token_scale(token + warp * 16 + lane / 4 + half * 8);
         }
 #pragma unroll
-        for (int pass = 0; pass < kN / kPassColumns; ++pass) {
-            wait_out_free();
+        for (int pass = 0; pass < kN / 64; ++pass) {
+            const uint32_t panel = shared_address(shared.out[group]) + pass % 2 * Shape::kPanelBytes;
+            if (threadIdx.x % 128 == 0) {
+                tma_store_wait_read<1>();
+            }
+            sync_group();
 #pragma unroll
-            for (int i = 0; i < kPassColumns / 16; ++i) {
+            for (int i = 0; i < 4; ++i) {
                 uint32_t pairs[4];
 #pragma unroll
                 for (int tile = 0; tile < 2; ++tile) {
-                    const int column = row + pass * kPassColumns + i * 16 + tile * 8 + lane % 4 * 2;
-                    const Sum* d = sum + pass * (kPassColumns / 2) + i * 8 + tile * 4;
+                    const int column = row + pass * 64 + i * 16 + tile * 8 + lane % 4 * 2;
+                    const Sum* d = sum + pass * 32 + i * 8 + tile * 4;
                     const float factor[2] = {weight_scale(column), weight_scale(column + 1)};
                     const float more[2] = {bias(column), bias(column + 1)};
 #pragma unroll
@@ -403,18 +441,13 @@ struct Consumer {
                                      finish(d[half * 2 + 1], scale[half] * factor[1], more[1]), args.out_is_fp16);
                     }
                 }
-                const uint32_t address = panels + i / 4 * Shape::kPanelBytes + (warp * 16 + lane % 16) * 128 +
-                                         ((i % 4 * 2 + lane / 16) ^ lane % 8) * 16;
+                const uint32_t address = panel + (warp * 16 + lane % 16) * 128 + ((i * 2 + lane / 16) ^ lane % 8) * 16;
                 stmatrix_x4(address, pairs[0], pairs[1], pairs[2], pairs[3]);
             }
             fence_async_shared();
             sync_group();
             if (threadIdx.x % 128 == 0) {
-#pragma unroll
-                for (int panel = 0; panel < Shape::kPanels; ++panel) {
-                    tma_store(args.out_map, panels + panel * Shape::kPanelBytes, row + pass * kPassColumns + panel * 64,
-                              token);
-                }
+                tma_store(args.out_map, panel, row + pass * 64, token);
                 tma_store_commit();
             }
         }
@@ -422,8 +455,7 @@ struct Consumer {
 
     // The weight is A: D's columns are tokens, and D is transposed on its way. One panel of kN tokens, 64 elements
     // each.
-    __device__ __forceinline__ void store_columns(const Sum (&sum)[kSums], const MatmulPlace& place) {
-        const int row = first_row(place), token = place.b * kN;
+    __device__ __forceinline__ void store_columns(const Sum (&sum)[kSums], int token, int row) {
         const uint32_t panel = shared_address(shared.out[group]);
         float factor[2], more[2];
 #pragma unroll
@@ -431,7 +463,10 @@ struct Consumer {
             factor[half] = weight_scale(row + warp * 16 + lane / 4 + half * 8);
             more[half] = bias(row + warp * 16 + lane / 4 + half * 8);
         }
-        wait_out_free();
+        if (threadIdx.x % 128 == 0) {
+            tma_store_wait_read<0>();
+        }
+        sync_group();
 #pragma unroll
         for (int i = 0; i < kN / 16; ++i) {
             uint32_t pairs[4];
@@ -472,14 +507,17 @@ struct Consumer {
         MatmulWalk walk(schedule, worker);
         MatmulSegment segment;
         while (walk.next(schedule, segment)) {
-            Sum sum[kSums];
+            Sum sum[kBlocks][kSums];
             multiply_segment(sum, segment);
             if (segment.end - segment.begin == schedule.chunks || add_parts(sum, segment)) {
                 const MatmulPlace place = schedule.place(segment.tile);
-                if constexpr (kTokensAreA) {
-                    store_rows(sum, place);
-                } else {
-                    store_columns(sum, place);
+#pragma unroll
+                for (int block = 0; block < kBlocks; ++block) {
+                    if constexpr (kTokensAreA) {
+                        store_rows(sum[block], first_row(place) + block * 64, place.b * kN);
+                    } else {
+                        store_columns(sum[block], place.b * kN, first_row(place));
+                    }
                 }
             }
         }
@@ -490,12 +528,12 @@ struct Consumer {
 };
 
 // Warpgroup 0 is the producer, the others consume.
-template <typename T, MatmulScales kScales, bool kTokensAreA, int kN, int kCluster>
+template <typename T, MatmulScales kScales, bool kTokensAreA, int kRows, int kN, int kCluster>
 __global__ void __cluster_dims__(kCluster, 1, 1)
-    __launch_bounds__(MatmulShape<T, kTokensAreA, kN, kCluster>::kThreads, 1)
+    __launch_bounds__(MatmulShape<T, kTokensAreA, kRows, kN, kCluster>::kThreads, 1)
         matmul_sm90_kernel(const __grid_constant__ MatmulArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Shape = MatmulShape<T, kTokensAreA, kN, kCluster>;
+    using Shape = MatmulShape<T, kTokensAreA, kRows, kN, kCluster>;
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     MatmulShared<Shape>& shared = *reinterpret_cast<MatmulShared<Shape>*>(shared_bytes);
     static_assert(sizeof(MatmulShared<Shape>) == Shape::kSharedBytes && Shape::kSlots >= 3);
@@ -520,19 +558,19 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
     if (warpgroup == 0) {
         give_registers<Shape::kProducerRegisters>();
         if (threadIdx.x == 0) {
-            produce<Shape, kTokensAreA, kN, kCluster>(args, shared, worker, rank);
+            produce<Shape, kTokensAreA, kRows, kN, kCluster>(args, shared, worker, rank);
         }
     } else {
         take_registers<Shape::kConsumerRegisters>();
         pdl_wait();
-        Consumer<T, kScales, kTokensAreA, kN, kCluster>{args,
-                                                        shared,
-                                                        worker,
-                                                        rank,
-                                                        warpgroup - 1,
-                                                        static_cast<int>(threadIdx.x / 32 % 4),
-                                                        static_cast<int>(threadIdx.x % 32),
-                                                        {}}
+        Consumer<T, kScales, kTokensAreA, kRows, kN, kCluster>{args,
+                                                               shared,
+                                                               worker,
+                                                               rank,
+                                                               warpgroup - 1,
+                                                               static_cast<int>(threadIdx.x / 32 % 4),
+                                                               static_cast<int>(threadIdx.x % 32),
+                                                               {}}
             .run();
     }
     if constexpr (kCluster > 1) {
@@ -544,13 +582,13 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
 template <typename T, MatmulScales kScales, int kTile>
 void launch_tile(const MatmulArgs& args, int blocks, void* stream) {
     constexpr MatmulTile kT = kMatmulTiles[kTile];
-    if constexpr (has_matmul_tile(kT, kScales)) {
-        using Shape = MatmulShape<T, kT.tokens_are_a, kT.columns, kT.cluster>;
-        launch(matmul_sm90_kernel<T, kScales, kT.tokens_are_a, kT.columns, kT.cluster>,
+    if constexpr (has_matmul_tile(kT, std::is_same_v<T, __nv_fp8_e4m3>, kScales)) {
+        using Shape = MatmulShape<T, kT.tokens_are_a, kT.rows, kT.columns, kT.cluster>;
+        launch(matmul_sm90_kernel<T, kScales, kT.tokens_are_a, kT.rows, kT.columns, kT.cluster>,
                {.grid = dim3(blocks), .block = dim3(Shape::kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true},
                stream, args);
     } else {
-        fail("matmul: there is no tactic ", 2 * kTile, " with scales of blocks");
+        fail("matmul: there is no tile ", kTile, ", tactics ", 2 * kTile, " and ", 2 * kTile + 1, ", for these types");
     }
 }
 
@@ -568,6 +606,7 @@ void matmul_sm90_tile(const MatmulArgs& args, int tile, int blocks, void* stream
         case 6: return launch_tile<T, kScales, 6>(args, blocks, stream);
         case 7: return launch_tile<T, kScales, 7>(args, blocks, stream);
         case 8: return launch_tile<T, kScales, 8>(args, blocks, stream);
+        case 9: return launch_tile<T, kScales, 9>(args, blocks, stream);
         default: fail("matmul: there is no tile ", tile, ", only 0 to ", kNumMatmulTiles - 1);
     }
 }

@@ -90,7 +90,7 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
 }
 
 // How long L2 keeps what a load brings; the numbers are what createpolicy makes of these words.
-constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
+constexpr uint64_t kEvictNormal = 0x1000000000000000, kEvictFirst = 0x12f0000000000000;
 
 __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap& map, int x, int y, uint32_t barrier,
                                          uint64_t policy) {
@@ -123,9 +123,10 @@ __device__ __forceinline__ void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// This thread's stores have read shared memory, or are done altogether.
+// All but the last kPending groups of this thread's stores have read shared memory; or all are done altogether.
+template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ void tma_store_wait() {

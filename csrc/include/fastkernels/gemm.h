@@ -47,7 +47,7 @@ struct MatmulParams {
     int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
-inline constexpr int kNumMatmulTactics = 18;
+inline constexpr int kNumMatmulTactics = 20;
 
 // Counters, then partial sums, of the calls of one stream.
 inline constexpr int64_t kMatmulCounterBytes = 16384;
