@@ -57,7 +57,7 @@ struct MatmulShared {
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];  // A, then B
     alignas(1024) unsigned char out[Shape::kConsumers][Shape::kPanels * Shape::kPanelBytes];
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];
-    int is_last[Shape::kConsumers];
+    int is_last[Shape::kConsumers], others_done[Shape::kConsumers];  // of a tile that is cut
 };
 
 // A place in the ring and the parity of its phase.
@@ -327,47 +327,70 @@ struct Consumer {
         named_barrier_sync(1 + group, 128);
     }
 
-    // Of a tile that is cut: leaves this warpgroup's part in the workspace. The last to come gets the whole sum.
+    // Of a tile that is cut: leaves this warpgroup's part in the workspace. The last to come gets the whole sum, the
+    // parts added in the order of the workers, its own read back among them. Only the first worker, whose part the sum
+    // begins with, keeps it in registers if the others are done by then, which is the rule where two share a tile.
     __device__ __forceinline__ bool add_parts(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
+        constexpr int kVectors = kBlocks * kSums / 4;
         const MatmulSchedule& schedule = args.schedule;
         const int thread = threadIdx.x % 128;
         const int first = schedule.first_worker(segment.tile), last = schedule.last_worker(segment.tile);
+        const auto others = static_cast<unsigned>(last - first);
+        unsigned* counter = args.counters + (segment.tile * kCluster + rank) * Shape::kConsumers + group;
         const auto part = [&](int of) {
             const int slot = (of * kCluster + rank) * 2 + (of == first ? 1 : 0);
             return reinterpret_cast<uint4*>(args.partials + static_cast<int64_t>(slot) * (kN * kRows) +
                                             group * (kN * 64 * kBlocks)) +
                    thread;
         };
-        constexpr int kVectors = kSums / 4;
-        uint4* mine = part(worker);
-#pragma unroll
-        for (int i = 0; i < kBlocks * kVectors; ++i) {
-            const Sum* x = sum[i / kVectors] + i % kVectors * 4;
-            __stcg(mine + i * 128, make_uint4(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3])));
+        bool is_whole = false;
+        if (worker == first) {
+            if (thread == 0) {
+                const bool done = *static_cast<volatile unsigned*>(counter) == others;
+                if (done) {
+                    *counter = 0;
+                }
+                shared.others_done[group] = done;
+                __threadfence();
+            }
+            sync_group();
+            is_whole = __shfl_sync(0xffffffffu, shared.others_done[group], 0) != 0;
         }
-        __threadfence();
-        sync_group();
-        if (thread == 0) {
-            unsigned* counter = args.counters + (segment.tile * kCluster + rank) * Shape::kConsumers + group;
-            const auto others = static_cast<unsigned>(last - first);
-            shared.is_last[group] = atomicInc(counter, others) == others;  // wraps to 0, ready for the next launch
+        if (!is_whole) {
+            uint4* mine = part(worker);
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+                const Sum* x = sum[i * 4 / kSums] + i * 4 % kSums;
+                __stcg(mine + i * 128, make_uint4(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3])));
+            }
             __threadfence();
-        }
-        sync_group();
-        if (__shfl_sync(0xffffffffu, shared.is_last[group], 0) == 0) {  // known to be the same for all lanes
-            return false;
-        }
+            sync_group();
+            if (thread == 0) {
+                shared.is_last[group] = atomicInc(counter, others) == others;  // wraps to 0, ready for the next launch
+                __threadfence();
+            }
+            sync_group();
+            if (__shfl_sync(0xffffffffu, shared.is_last[group], 0) == 0) {  // known to be the same for all lanes
+                return false;
+            }
+            const uint4* begin = part(first);
 #pragma unroll
-        for (int i = 0; i < kBlocks * kSums; ++i) {
-            sum[i / kSums][i % kSums] = 0;
+            for (int i = 0; i < kVectors; ++i) {
+                const uint4 y = __ldcg(begin + i * 128);
+                Sum* x = sum[i * 4 / kSums] + i * 4 % kSums;
+                x[0] = value(y.x);
+                x[1] = value(y.y);
+                x[2] = value(y.z);
+                x[3] = value(y.w);
+            }
         }
 #pragma unroll(kSums <= 32 ? 4 : 1)
-        for (int of = first; of <= last; ++of) {
+        for (int of = first + 1; of <= last; ++of) {
             const uint4* theirs = part(of);
 #pragma unroll
-            for (int i = 0; i < kBlocks * kVectors; ++i) {
+            for (int i = 0; i < kVectors; ++i) {
                 const uint4 y = __ldcg(theirs + i * 128);
-                Sum* x = sum[i / kVectors] + i % kVectors * 4;
+                Sum* x = sum[i * 4 / kSums] + i * 4 % kSums;
                 x[0] += value(y.x);
                 x[1] += value(y.y);
                 x[2] += value(y.z);
