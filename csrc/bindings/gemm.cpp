@@ -159,7 +159,8 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
 #if FASTKERNELS_WITH_CUDA
     if (x.is_cuda()) {
         torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-        check(workspace.numel() * workspace.element_size() >= matmul_workspace_bytes(matmul_num_sms()),
+        check(workspace.numel() * static_cast<int64_t>(workspace.element_size()) >=
+                  matmul_workspace_bytes(matmul_num_sms()),
               "matmul: workspace must have ", matmul_workspace_bytes(matmul_num_sms()), " bytes");
         return matmul_cuda(p, stream_of(x));
     }

@@ -550,11 +550,16 @@ struct Consumer {
     }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define FK_CLUSTER(blocks)  // the kernel is empty there
+#else
+#define FK_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#endif
+
 // Warpgroup 0 is the producer, the others consume.
 template <typename T, MatmulScales kScales, bool kTokensAreA, int kRows, int kN, int kCluster>
-__global__ void __cluster_dims__(kCluster, 1, 1)
-    __launch_bounds__(MatmulShape<T, kTokensAreA, kRows, kN, kCluster>::kThreads, 1)
-        matmul_sm90_kernel(const __grid_constant__ MatmulArgs args) {
+__global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kTokensAreA, kRows, kN, kCluster>::kThreads, 1)
+    matmul_sm90_kernel(const __grid_constant__ MatmulArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Shape = MatmulShape<T, kTokensAreA, kRows, kN, kCluster>;
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -601,6 +606,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
     }
 #endif
 }
+
+#undef FK_CLUSTER
 
 template <typename T, MatmulScales kScales, int kTile>
 void launch_tile(const MatmulArgs& args, int blocks, void* stream) {
