@@ -73,6 +73,16 @@ def test_json_is_one_object_and_nothing_else(way: str, tmp_path: Path, expected:
     assert report["ttft_ms"] > 0 and report["tokens_per_s"] > 0
 
 
+def test_quantization_reaches_the_model() -> None:
+    common = ("--prompt", "import os", "--max-tokens", "8", "--json", "--device", "cpu")
+    result = run_here(*common, "--quantization", "mxfp4", "--head-quantization", "int4-g32")
+    with fastkernels.LLM(
+        "demo", device="cpu", max_num_seqs=1, quantization="mxfp4", head_quantization="int4-g32"
+    ) as llm:
+        expected = llm.generate("import os", fastkernels.SamplingParams(max_tokens=8))[0]
+    assert json.loads(result.stdout)["text"] == expected.text
+
+
 def test_sampling_options_reach_the_model() -> None:
     common = ("--prompt", "import os", "--max-tokens", "16", "--json", "--device", "cpu")
     sampled = ("--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--seed")
@@ -100,6 +110,10 @@ def test_stop_can_be_given_twice_and_the_text_shown_at_the_end(expected: str) ->
         (["--prompt", "x", "--prompt-file", "y"], "--prompt and --prompt-file were both given"),
         (["--prompt-file", "/nowhere/prompt.txt"], "the prompt file /nowhere/prompt.txt cannot be read"),
         (["--prompt", "x", "--chat", "--device", "cpu"], "has no chat template"),
+        (
+            ["--prompt", "x", "--device", "cpu", "--quantization", "int5"],
+            "no quantization scheme is called 'int5'; there are fp8, fp8-block, int8, int8-weight",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], sentence: str) -> None:

@@ -46,6 +46,12 @@ def test_a_pass_left_out():
     assert "act_mul (disabled)" in text and "silu_mul" not in text
 
 
+def test_quantised_weights():
+    text = _inspect("demo", "--quantization", "int4", "--head-quantization", "int8")
+    for words in ("scheme=int4", "scheme=int8", "gate_up_proj.weight.packed", "weights 6.41 MiB + arena"):
+        assert words in text
+
+
 def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(

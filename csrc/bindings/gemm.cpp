@@ -47,7 +47,7 @@ ScaleType scale_type_of(const Tensor& scales) {
 // weight_type: 0 int8, 1 int4, 2 e2m1, 3 e4m3; activation: 0 none, 1 int8 and 2 e4m3 per token, 3 e4m3 per block
 void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
                       std::optional<Tensor> global_scale, std::optional<Tensor> bias, int64_t weight_type,
-                      int64_t block_rows, int64_t block_size, int64_t activation, Tensor y) {
+                      int64_t block_rows, int64_t block_size, int64_t activation, bool interleaved, Tensor y) {
     using torch::headeronly::ScalarType;
     check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && scales.dim() == 2 && x.size(0) == y.size(0) &&
               weight.size(0) == y.size(1),
@@ -97,6 +97,9 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
     p.global_scale = global_scale ? static_cast<const float*>(in(*global_scale)) : nullptr;
     p.bias = bias ? in(*bias) : nullptr;
     p.out = out(y);
+    p.interleaved = interleaved;
+    check(!interleaved || (!is_fp8 && weight.size(1) % kInterleavedBytes == 0),
+          "quantized_linear: interleaved rows are of int8, int4 or e2m1, and of a multiple of 64 bytes");
     p.x_token_stride = x.stride(0);
     p.out_token_stride = y.stride(0);
     p.scale_type = scale_type_of(scales);
@@ -168,10 +171,21 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
     fail("matmul: there is no kernel for the CPU; linear and quantized_linear have one");
 }
 
+void interleave_rows(Tensor rows, Tensor y) {
+    check(rows.dim() == 2 && y.dim() == 2 && rows.size(0) == y.size(0) && rows.size(1) == y.size(1) &&
+              rows.is_contiguous() && y.is_contiguous() && rows.scalar_type() == y.scalar_type() &&
+              rows.element_size() == 1 && rows.size(1) % kInterleavedBytes == 0,
+          "interleave_rows: rows and out must be contiguous, of one byte an element and a multiple of 64 a row");
+    check(!rows.is_cuda(), "interleave_rows: it is for the CPU");
+    interleave_rows_cpu(
+        {static_cast<const uint8_t*>(in(rows)), static_cast<uint8_t*>(out(y)), rows.size(0), rows.size(1)});
+}
+
 void register_gemm(torch::stable::detail::StableLibrary& m) {
     m.impl("linear", TORCH_BOX(&linear));
     m.impl("matmul", TORCH_BOX(&matmul));
     m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+    m.impl("interleave_rows", TORCH_BOX(&interleave_rows));
 }
 
 }  // namespace
@@ -184,7 +198,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
         "int tactic, Tensor(a!) workspace, Tensor(b!) out) -> ()");
     m.def(
         "quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? global_scale, Tensor? bias, "
-        "int weight_type, int block_rows, int block_size, int activation, Tensor(a!) out) -> ()");
+        "int weight_type, int block_rows, int block_size, int activation, bool interleaved, Tensor(a!) out) -> ()");
+    m.def("interleave_rows(Tensor rows, Tensor(a!) out) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_gemm)

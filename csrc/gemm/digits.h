@@ -27,10 +27,11 @@ inline constexpr float kBase = 254.0f;
 
 struct Digits {
     int64_t num_units, num_sums;
-    std::vector<int8_t> bytes;     // [num_tokens][num_units][kDigits][kUnit]
-    std::vector<int32_t> offsets;  // [num_tokens][num_units][kDigits][kWidth]: -zero * the digits of a lane, added up
-    std::vector<float> scales;     // [num_tokens][num_units]
-    std::vector<float> sums;       // [num_tokens][num_sums]: x added up over the stretches that share a weight's scale
+    std::vector<int8_t> bytes;            // [num_tokens][num_units][kDigits][kUnit]
+    std::vector<int32_t> offsets;         // [num_tokens][num_units][num_offsets<kDigits>][kWidth], see digits_of_token
+    std::vector<uint32_t> token_offsets;  // [num_tokens], of one digit; sums of int32 may pass their range on the way
+    std::vector<float> scales;            // [num_tokens][num_units]
+    std::vector<float> sums;  // [num_tokens][num_sums]: x added up over the stretches that share a weight's scale
 };
 
 // To the nearest integer, ties to even, for magnitudes below 2^22.
@@ -65,13 +66,20 @@ inline void digits_of(const float (&x)[kBlock], float inverse, int8_t (&out)[kDi
 
 // The largest number of kDigits digits, less what rounding could add.
 template <int kDigits>
-inline constexpr float kLargest = kDigits == 1 ? 127.0f : kDigits == 2 ? 32380.0f : 8225700.0f;
+inline constexpr float kLargest = kDigits == 1   ? 127.0f
+                                  : kDigits == 2 ? 32380.0f
+                                                 : 8225700.0f;
 
-// kPacked: the order of 4-bit weights; zero: what the weights are given too much.
+// Weights are unsigned, `zero` more than they are; sums begin with -zero times the digits they are made of. One digit:
+// a sum a token. More: sums a lane and unit for all digits but the first, whose own goes with the second's.
+template <int kDigits>
+inline constexpr int num_offsets = kDigits - 1;
+
+// kPacked: the order of 4-bit weights.
 template <int kDigits, bool kPacked, typename T>
 void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t sum_size, Digits& to) {
     int8_t* bytes = to.bytes.data() + token * to.num_units * kDigits * kUnit;
-    int32_t* offsets = to.offsets.data() + token * to.num_units * kDigits * kWidth;
+    int32_t* offsets = to.offsets.data() + token * to.num_units * num_offsets<kDigits> * kWidth;
     float* scales = to.scales.data() + token * to.num_units;
     std::vector<float> row;
     float token_inverse = 0.0f, token_scale = 0.0f;
@@ -107,6 +115,7 @@ void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t 
         digits_of<kDigits>(values, inverse, digits);
         for (int from = 0; from < count; from += kUnit) {
             *scales++ = scale;
+            int32_t sums[kDigits][kWidth];
             for (int d = 0; d < kDigits; ++d) {
                 const int8_t* natural = digits[d] + from;
                 for (int i = 0; i < kBytes; ++i) {
@@ -114,14 +123,23 @@ void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t 
                     bytes[kBytes + i] = kPacked ? natural[2 * i + 1] : natural[kBytes + i];
                 }
                 for (int lane = 0; lane < kWidth; ++lane) {
-                    int total = 0;
+                    int32_t total = 0;
                     for (int i = 4 * lane; i < 4 * lane + 4; ++i) {
                         total += bytes[i] + bytes[kBytes + i];
                     }
-                    offsets[lane] = -zero * total;
+                    sums[d][lane] = -zero * total;
                 }
                 bytes += kUnit;
-                offsets += kWidth;
+            }
+            for (int d = 1; d < kDigits; ++d) {
+                for (int lane = 0; lane < kWidth; ++lane) {
+                    *offsets++ = sums[d][lane] + (d == 1 ? static_cast<int32_t>(kBase) * sums[0][lane] : 0);
+                }
+            }
+            if constexpr (kDigits == 1) {
+                for (int lane = 0; lane < kWidth; ++lane) {
+                    to.token_offsets[token] += static_cast<uint32_t>(sums[0][lane]);
+                }
             }
         }
     }
@@ -143,7 +161,8 @@ void make_digits(const T* x, int64_t token_stride, int64_t num_tokens, int64_t s
     to.num_units = (size + kUnit - 1) / kUnit;
     to.num_sums = num_sums;
     to.bytes.resize(num_tokens * to.num_units * kDigits * kUnit);
-    to.offsets.resize(num_tokens * to.num_units * kDigits * kWidth);
+    to.offsets.resize(num_tokens * to.num_units * num_offsets<kDigits> * kWidth);
+    to.token_offsets.assign(kDigits == 1 ? num_tokens : 0, 0);
     to.scales.resize(num_tokens * to.num_units);
     to.sums.resize(num_tokens * num_sums);
     parallel_for(num_tokens, 1 + 16384 / (size + 1), [&](int64_t token) {

@@ -6,6 +6,7 @@
 // kRows rows. One token is a stream over the weight: bytes moved out_size * in_size, or half of it, and the scales.
 // 64 tokens' digits stay in the second-level cache while the task's rows pass over them.
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "common/cpu/parallel.h"
@@ -16,8 +17,9 @@
 namespace fastkernels::cpu::FK_ISA {
 namespace {
 
-constexpr int kRows = 4;
+constexpr int kMaxRows = kInterleavedRows;
 constexpr int64_t kTaskRows = 32, kTokenTile = 64;
+constexpr int64_t kPrefetchBytes = 4096;  // in the order of interleaved rows
 
 // Twice the values of e2m1, and 12.
 constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -31,16 +33,17 @@ struct Unit {
     Bytes first, second;
 };
 
+// first, second: a register each; 4 bits need the first alone
 template <WeightType kType>
-inline Unit unpack(const uint8_t* weight) {
+inline Unit unpack(const uint8_t* first, const uint8_t* second) {
     Unit w;
     if constexpr (kType == WeightType::int8) {
-        w = {load_bytes(weight), load_bytes(weight + kBytes)};
+        w = {load_bytes(first), load_bytes(second)};
         if constexpr (!kSignedBytes) {
             w = {w.first ^ 0x80, w.second ^ 0x80};
         }
     } else {
-        const Bytes packed = load_bytes(weight);
+        const Bytes packed = load_bytes(first);
         w = {packed & 0x0f, packed >> 4};
         if constexpr (kType == WeightType::e2m1) {
             w = {look_up(kE2m1, w.first), look_up(kE2m1, w.second)};
@@ -61,59 +64,65 @@ inline Ints dot_unit(Ints sum, const Unit& w, const int8_t* digits) {
 template <WeightType kType>
 constexpr int64_t unit_bytes = kType == WeightType::int8 ? kUnit : kBytes;
 
-// Some rows of the weight and their scales, ready for any token.
+// Some rows of the weight and their scales, ready for any token. Rows may take turns by 64 bytes (interleave_rows), so
+// that a tile of 8 reads memory in order.
 struct Rows {
-    const uint8_t* weight[kRows];
-    const uint8_t* tail[kRows];    // the last unit where it is not whole, zeros behind
-    const float* scales[kRows];    // [num_units][scales_per_unit]
-    const float* shifts[kRows];    // [num_sums], scale * (8 - zero), or null
-    Ints spread;                   // lane -> scale of its unit
-    int64_t scales_per_unit;
+    const uint8_t* weight;
+    int64_t row_stride, chunk_stride;  // of rows, and of 64 bytes of a row
+    int64_t prefetch_distance;
+    const uint8_t* tail[kMaxRows];  // the last unit where it is not whole, zeros behind
+    const float* scales;            // of unit u of row r from r * row_scales + u * unit_scales on
+    int64_t row_scales, unit_scales;
+    Ints spread;          // lane -> which of its unit's scales
+    const float* shifts;  // [kRows][num_sums], scale * (8 - zero), or null
+
+    // Where byte `at` of a row lies, from the row's first.
+    int64_t offset(int64_t at) const {
+        return at / kInterleavedBytes * chunk_stride + at % kInterleavedBytes;
+    }
 };
 
 // y[t][r] = x token t . row r
-template <WeightType kType, int kDigits, int kNumRows, int kTokens>
+template <WeightType kType, int kDigits, int kRows, int kTokens>
 inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t whole_units,
-                     float (&y)[kTokens][kRows]) {
+                     float (&y)[kTokens][kMaxRows]) {
     constexpr bool kOffset = zero_of(kType) != 0;
+    constexpr int kOffsets = num_offsets<kDigits>;
     const int8_t* digits[kTokens];
     const int32_t* offsets[kTokens];
     const float* x_scales[kTokens];
     for (int t = 0; t < kTokens; ++t) {
         digits[t] = x.bytes.data() + (token + t) * x.num_units * kDigits * kUnit;
-        offsets[t] = x.offsets.data() + (token + t) * x.num_units * kDigits * kWidth;
+        offsets[t] = x.offsets.data() + (token + t) * x.num_units * kOffsets * kWidth;
         x_scales[t] = x.scales.data() + (token + t) * x.num_units;
     }
-    Vec sums[kTokens][kNumRows] = {};
-    Ints totals[kTokens][kNumRows] = {};  // kDigits = 1: one scale a token and a row, so all is added up exactly
-    const auto add_unit = [&](int64_t u, int64_t at, const uint8_t* const (&weight)[kRows]) {
-        Unit w[kNumRows];
-        Vec scale[kNumRows];
-#pragma GCC unroll 4
-        for (int r = 0; r < kNumRows; ++r) {
-            w[r] = unpack<kType>(weight[r] + at);
-            // The next tile's rows lie behind this one's.
-            __builtin_prefetch(weight[r] + at + kNumRows * whole_units * unit_bytes<kType>);
+    Vec sums[kTokens][kRows] = {};
+    Ints totals[kTokens][kRows] = {};  // kDigits = 1: one scale a token and a row, so all is added up exactly
+    const auto add_unit = [&](int64_t u, const auto& unit_of) {
+        Unit w[kRows];
+        Vec scale[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            w[r] = unit_of(r);
             if constexpr (kDigits > 1) {
-                const Vec read = load(rows.scales[r] + u * rows.scales_per_unit);
-                scale[r] = __builtin_shuffle(read, rows.spread);
+                scale[r] =
+                    __builtin_shuffle(load(rows.scales + r * rows.row_scales + u * rows.unit_scales), rows.spread);
             }
         }
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
             const int8_t* d = digits[t] + u * kDigits * kUnit;
-            const int32_t* o = offsets[t] + u * kDigits * kWidth;
-#pragma GCC unroll 4
-            for (int r = 0; r < kNumRows; ++r) {
+            const int32_t* o = offsets[t] + u * kOffsets * kWidth;
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
                 if constexpr (kDigits == 1) {
-                    totals[t][r] = dot_unit<kType>(kOffset ? totals[t][r] + load(o) : totals[t][r], w[r], d);
+                    totals[t][r] = dot_unit<kType>(totals[t][r], w[r], d);
                 } else {
-                    Vec part = {};
-#pragma GCC unroll 3
-                    for (int i = 0; i < kDigits; ++i) {
-                        const Ints begin = kOffset ? load(o + i * kWidth) : Ints{};
-                        const Vec digit = to_vec(dot_unit<kType>(begin, w[r], d + i * kUnit));
-                        part = i == 0 ? digit : part * kBase + digit;
+                    Vec part = to_vec(dot_unit<kType>(Ints{}, w[r], d));
+#pragma GCC unroll 2
+                    for (int i = 1; i < kDigits; ++i) {
+                        const Ints begin = kOffset ? load(o + (i - 1) * kWidth) : Ints{};
+                        part = part * kBase + to_vec(dot_unit<kType>(begin, w[r], d + i * kUnit));
                     }
                     sums[t][r] += part * (scale[r] * x_scales[t][u]);
                 }
@@ -121,24 +130,37 @@ inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t w
         }
     };
     for (int64_t u = 0; u < whole_units; ++u) {
-        add_unit(u, u * unit_bytes<kType>, rows.weight);
+        const int64_t first = rows.offset(u * unit_bytes<kType>);
+        const int64_t second = rows.offset(u * unit_bytes<kType> + kBytes);  // of 8 bits
+        add_unit(u, [&](int r) {
+            const uint8_t* weight = rows.weight + r * rows.row_stride;
+            if constexpr (kTokens == 1) {
+                __builtin_prefetch(weight + first + rows.prefetch_distance);
+                if constexpr (kType == WeightType::int8) {
+                    __builtin_prefetch(weight + second + rows.prefetch_distance);
+                }
+            }
+            return unpack<kType>(weight + first, weight + second);
+        });
     }
     if (whole_units < x.num_units) {
-        add_unit(whole_units, 0, rows.tail);
+        add_unit(whole_units, [&](int r) { return unpack<kType>(rows.tail[r], rows.tail[r] + kBytes); });
     }
     for (int t = 0; t < kTokens; ++t) {
-        for (int r = 0; r < kNumRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
             if constexpr (kDigits == 1) {
-                y[t][r] = static_cast<float>(sum(totals[t][r])) * (rows.scales[r][0] * x_scales[t][0]);
+                const uint32_t total = sum(std::bit_cast<Words>(totals[t][r])) + x.token_offsets[token + t];
+                y[t][r] = static_cast<float>(static_cast<int32_t>(total)) *
+                          (rows.scales[r * rows.row_scales] * x_scales[t][0]);
             } else {
                 y[t][r] = sum(sums[t][r]);
             }
-            if (rows.shifts[r] != nullptr) {
+            if (rows.shifts != nullptr) {
                 const float* x_sums = x.sums.data() + (token + t) * x.num_sums;
                 float shift = 0.0f;
 #pragma omp simd reduction(+ : shift)
                 for (int64_t i = 0; i < x.num_sums; ++i) {
-                    shift += rows.shifts[r][i] * x_sums[i];
+                    shift += rows.shifts[r * x.num_sums + i] * x_sums[i];
                 }
                 y[t][r] += shift;
             }
@@ -159,79 +181,94 @@ struct Shape {
           num_units((p.in_size + kUnit - 1) / kUnit),
           whole_units(p.in_size / kUnit),
           num_groups((p.in_size + p.block_size - 1) / p.block_size),
-          scales_per_unit(num_groups == 1 ? 1 : std::max<int64_t>(1, kUnit / p.block_size)),
-          units_per_group(num_groups == 1 ? num_units : std::max<int64_t>(1, p.block_size / kUnit)) {}
-    int64_t row_bytes, num_units, whole_units, num_groups, scales_per_unit, units_per_group;
+          units_per_group(num_groups == 1 ? num_units : std::max<int64_t>(1, p.block_size / kUnit)) {
+        const int64_t scales_per_unit = num_groups == 1 ? 1 : std::max<int64_t>(1, kUnit / p.block_size);
+        for (int lane = 0; lane < kWidth; ++lane) {
+            spread[lane] = static_cast<int32_t>(lane * scales_per_unit / kWidth);
+        }
+        unit_scales = num_groups == 1 ? 0 : scales_per_unit;
+    }
+    int64_t row_bytes, num_units, whole_units, num_groups, units_per_group, unit_scales;
+    Ints spread;
 };
 
+// The scales of `count` rows as floats, one or more a unit where a row has more than one; room behind them, since a
+// register reads past the last.
 template <WeightType kType>
-void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int num_rows, Workspace& space,
-             Rows& rows) {
-    // Behind each row's scales lies room that a register reads past them.
-    const int64_t scales_size = shape.num_units * shape.scales_per_unit + kWidth;
+void read_scales(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int count, Workspace& space,
+                 Rows& rows) {
     const float factor = kType == WeightType::e2m1 ? 0.5f : 1.0f;
-    space.scales.assign(kRows * scales_size, 0.0f);
-    space.groups.resize(shape.num_groups);
-    space.shifts.resize(kRows * shape.num_groups);
-    space.tails.assign(kRows * unit_bytes<kType>, 0);
-    rows.scales_per_unit = shape.scales_per_unit;
-    for (int lane = 0; lane < kWidth; ++lane) {
-        rows.spread[lane] = static_cast<int32_t>(lane * shape.scales_per_unit / kWidth);
-    }
-    for (int r = 0; r < num_rows; ++r) {
-        rows.weight[r] = p.weight + (row + r) * shape.row_bytes;
-        uint8_t* tail = space.tails.data() + r * unit_bytes<kType>;
-        const int64_t whole_bytes = shape.whole_units * unit_bytes<kType>;
-        std::copy(rows.weight[r] + whole_bytes, rows.weight[r] + shape.row_bytes, tail);
-        rows.tail[r] = tail;
-
-        float* scales = space.scales.data() + r * scales_size;
-        if (shape.units_per_group == 1) {
-            load_scales(p, (row + r) * shape.num_groups, shape.num_groups, factor, scales);
-        } else {
-            load_scales(p, (row + r) * shape.num_groups, shape.num_groups, factor, space.groups.data());
-            for (int64_t group = 0, u = 0; group < shape.num_groups; ++group) {
-                for (int64_t i = 0; i < shape.units_per_group && u < shape.num_units; ++i) {
-                    scales[u++] = space.groups[group];
-                }
+    const bool repeated = shape.num_groups > 1 && shape.units_per_group > 1;
+    rows.row_scales = repeated ? shape.num_units : shape.num_groups;
+    const int64_t num_groups = count * shape.num_groups, num_scales = count * rows.row_scales;
+    space.scales.resize(num_scales + kWidth);
+    std::fill_n(space.scales.data() + num_scales, kWidth, 0.0f);
+    rows.scales = space.scales.data();
+    rows.unit_scales = shape.unit_scales;
+    rows.spread = shape.spread;
+    if (!repeated) {
+        load_scales(p, row * shape.num_groups, num_groups, factor, space.scales.data());
+    } else {
+        space.groups.resize(num_groups);
+        load_scales(p, row * shape.num_groups, num_groups, factor, space.groups.data());
+        for (int64_t r = 0; r < count; ++r) {
+            for (int64_t u = 0; u < shape.num_units; ++u) {
+                space.scales[r * shape.num_units + u] = space.groups[r * shape.num_groups + u / shape.units_per_group];
             }
         }
-        rows.scales[r] = scales;
-        rows.shifts[r] = nullptr;
-        if (p.zeros != nullptr) {
-            float* shifts = space.shifts.data() + r * shape.num_groups;
-            load_scales(p, (row + r) * shape.num_groups, shape.num_groups, 1.0f, shifts);
-            for (int64_t group = 0; group < shape.num_groups; ++group) {
-                shifts[group] *= static_cast<float>(8 - p.zeros[(row + r) * shape.num_groups + group]);
+    }
+    rows.shifts = nullptr;
+    if (p.zeros != nullptr) {
+        space.shifts.resize(num_groups);
+        load_scales(p, row * shape.num_groups, num_groups, 1.0f, space.shifts.data());
+        for (int64_t i = 0; i < num_groups; ++i) {
+            space.shifts[i] *= static_cast<float>(8 - p.zeros[row * shape.num_groups + i]);
+        }
+        rows.shifts = space.shifts.data();
+    }
+}
+
+template <WeightType kType>
+void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t row, int count, Workspace& space,
+             Rows& rows) {
+    const int64_t turn = row / kInterleavedRows * kInterleavedRows;
+    const bool interleaved = p.interleaved && turn + kInterleavedRows <= p.out_size;
+    rows.weight =
+        p.weight + (interleaved ? turn * shape.row_bytes + (row - turn) * kInterleavedBytes : row * shape.row_bytes);
+    rows.row_stride = interleaved ? kInterleavedBytes : shape.row_bytes;
+    rows.chunk_stride = (interleaved ? kInterleavedRows : 1) * kInterleavedBytes;
+    rows.prefetch_distance = interleaved ? kPrefetchBytes : count * shape.row_bytes;
+    read_scales(p, shape, row, count, space, rows);
+    if (shape.whole_units < shape.num_units) {
+        space.tails.assign(count * unit_bytes<kType>, 0);
+        const int64_t begin = shape.whole_units * unit_bytes<kType>;
+        for (int r = 0; r < count; ++r) {
+            uint8_t* tail = space.tails.data() + r * unit_bytes<kType>;
+            for (int64_t at = begin; at < shape.row_bytes; ++at) {
+                tail[at - begin] = rows.weight[r * rows.row_stride + rows.offset(at)];
             }
-            rows.shifts[r] = shifts;
+            rows.tail[r] = tail;
         }
     }
 }
 
-template <WeightType kType, int kDigits, int kNumRows, int kTokens, typename T>
+template <WeightType kType, int kDigits, int kRows, int kTokens, typename T>
 inline void tile(const QuantizedLinearParams& p, const Rows& rows, const Digits& x, int64_t whole_units, int64_t row,
                  int64_t token) {
-    float y[kTokens][kRows];
-    multiply<kType, kDigits, kNumRows, kTokens>(rows, x, token, whole_units, y);
+    float y[kTokens][kMaxRows];
+    multiply<kType, kDigits, kRows, kTokens>(rows, x, token, whole_units, y);
     for (int t = 0; t < kTokens; ++t) {
         T* out = static_cast<T*>(p.out) + (token + t) * p.out_token_stride + row;
-        for (int r = 0; r < kNumRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
             const float bias = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[row + r]);
             out[r] = from_float<T>(y[t][r] + bias);
         }
     }
 }
 
-template <WeightType kType, int kDigits, typename T>
-void all_rows(const QuantizedLinearParams& p) {
-    constexpr int kTokens = kDigits == 1 ? 4 : 2;
-    static thread_local Digits x;  // of the calling thread, which the others read
-    Digits& shared = x;
-    make_digits<kDigits, kType != WeightType::int8>(static_cast<const T*>(p.x), p.x_token_stride, p.num_tokens,
-                                                    p.in_size, zero_of(kType),
-                                                    p.zeros == nullptr ? 0 : (p.in_size - 1) / p.block_size + 1,
-                                                    p.block_size, shared);
+// kRows, kTokens: of most tiles; what is left over goes by one.
+template <WeightType kType, int kDigits, int kRows, int kTokens, typename T>
+void all_rows(const QuantizedLinearParams& p, const Digits& x) {
     const Shape<kType> shape(p);
     const int64_t tasks = (p.out_size + kTaskRows - 1) / kTaskRows;
     // A thread gets at least 262,144 products: waking it costs as much.
@@ -247,19 +284,33 @@ void all_rows(const QuantizedLinearParams& p) {
                 prepare(p, shape, row, whole ? kRows : 1, space, rows);
                 int64_t token = first;
                 for (; whole && token + kTokens <= last; token += kTokens) {
-                    tile<kType, kDigits, kRows, kTokens, T>(p, rows, shared, shape.whole_units, row, token);
+                    tile<kType, kDigits, kRows, kTokens, T>(p, rows, x, shape.whole_units, row, token);
                 }
                 for (; token < last; ++token) {
                     if (whole) {
-                        tile<kType, kDigits, kRows, 1, T>(p, rows, shared, shape.whole_units, row, token);
+                        tile<kType, kDigits, kRows, 1, T>(p, rows, x, shape.whole_units, row, token);
                     } else {
-                        tile<kType, kDigits, 1, 1, T>(p, rows, shared, shape.whole_units, row, token);
+                        tile<kType, kDigits, 1, 1, T>(p, rows, x, shape.whole_units, row, token);
                     }
                 }
                 row += whole ? kRows : 1;
             }
         }
     });
+}
+
+template <WeightType kType, int kDigits, typename T>
+void multiply_all(const QuantizedLinearParams& p) {
+    static thread_local Digits digits;  // of the calling thread, which the others read
+    Digits& x = digits;
+    const int64_t num_sums = p.zeros == nullptr ? 0 : (p.in_size - 1) / p.block_size + 1;
+    make_digits<kDigits, kType != WeightType::int8>(static_cast<const T*>(p.x), p.x_token_stride, p.num_tokens,
+                                                    p.in_size, zero_of(kType), num_sums, p.block_size, x);
+    if (p.num_tokens == 1) {
+        all_rows<kType, kDigits, kMaxRows, 1, T>(p, x);
+    } else {
+        all_rows<kType, kDigits, 4, kDigits == 1 ? 4 : 2, T>(p, x);
+    }
 }
 
 }  // namespace
@@ -269,10 +320,10 @@ void integer_linear_cpu(const QuantizedLinearParams& p) {
         constexpr int kDigits = sizeof(T) == 4 ? 3 : 2;
         switch (p.weight_type) {
             case WeightType::int8:
-                return p.activation == Activation::int8_token ? all_rows<WeightType::int8, 1, T>(p)
-                                                              : all_rows<WeightType::int8, kDigits, T>(p);
-            case WeightType::int4: return all_rows<WeightType::int4, kDigits, T>(p);
-            case WeightType::e2m1: return all_rows<WeightType::e2m1, kDigits, T>(p);
+                return p.activation == Activation::int8_token ? multiply_all<WeightType::int8, 1, T>(p)
+                                                              : multiply_all<WeightType::int8, kDigits, T>(p);
+            case WeightType::int4: return multiply_all<WeightType::int4, kDigits, T>(p);
+            case WeightType::e2m1: return multiply_all<WeightType::e2m1, kDigits, T>(p);
             default: fail("a weight of this type is not a whole number: int8, int4 and e2m1 are");
         }
     });

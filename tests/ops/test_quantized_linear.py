@@ -114,6 +114,44 @@ def test_a_token_does_not_depend_on_the_others(scheme):
             assert torch.equal(some, together[:count])
 
 
+@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme[0] != "e4m3"])
+def test_interleaved_rows_give_the_same(scheme):
+    """Whole groups of 8 rows and what is left, rows that end within a unit; one token and tiles of them."""
+    for out_size, in_size in ((7, 256), (8, 640), (29, 1920), (64, 128), (41, 64), (24, 192)):
+        if not takes(scheme, in_size) or in_size % (64 if SCHEMES[scheme][0] == "int8" else 128):
+            continue
+        for num_tokens in (1, 2, 9):
+            given = operands(scheme, num_tokens, out_size, in_size, torch.bfloat16)
+            expected = ops.quantized_linear(**given)
+            given["weight"] = ops.interleave_rows(given["weight"])
+            assert torch.equal(ops.quantized_linear(**given, interleaved=True), expected)
+
+
+def test_interleave_rows():
+    rows = torch.randint(-128, 128, (21, 192)).to(torch.int8)
+    out = torch.empty_like(rows)
+    assert ops.interleave_rows(rows, out=out) is out
+    groups = rows[:16].view(2, 8, 3, 64).transpose(1, 2).reshape(16, 192)
+    assert torch.equal(out, torch.cat([groups, rows[16:]]))
+    assert ops.interleave_rows(rows[:0]).shape == (0, 192)
+    torch.library.opcheck(torch.ops.fastkernels.interleave_rows.default, (rows, out))
+    compiled = torch.compile(lambda a: ops.interleave_rows(a) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows), out + 1)
+    with pytest.raises(
+        ValueError, match=r"weight is torch.int8 \[21, 191\], but its rows are of int8 or uint8"
+    ):
+        ops.interleave_rows(rows[:, 1:])
+    with pytest.raises(ValueError, match=r"weight is torch\.int32"):
+        ops.interleave_rows(rows.int())
+    with pytest.raises(ValueError, match="out has shape"):
+        ops.interleave_rows(rows, out=out[:3])
+    with pytest.raises(ValueError, match="weight must be contiguous"):
+        ops.interleave_rows(rows[:, :64])
+    with pytest.raises(ValueError, match="interleaved rows are of int8 or uint8 elements, a multiple of 64"):
+        given = operands("int8", 1, 8, 96, torch.float32)
+        ops.quantized_linear(**given, interleaved=True)
+
+
 @pytest.mark.parametrize("weight_type", ["int8", "int4", "e2m1", "e4m3"])
 def test_every_code(weight_type):
     """x picks one element of each row, so that the result is the weight itself."""
@@ -159,9 +197,7 @@ def test_outliers_zeros_and_nan_stay_in_their_token(scheme):
         exact = reference.quantized_linear(**given)
         plain = reference.quantized_linear(**given, dtype=dtype)
         for row in range(len(sound)):
-            assert_as_good_as_torch(
-                result[sound][row : row + 1], plain[row : row + 1], exact[row : row + 1]
-            )
+            assert_as_good_as_torch(result[sound][row : row + 1], plain[row : row + 1], exact[row : row + 1])
         given["bias"] = None
         assert (ops.quantized_linear(**given)[3] == 0).all()
 
@@ -185,12 +221,15 @@ def test_opcheck_and_compile(scheme):
         ops.quantized_gemm.WEIGHT_TYPES[given["weight_type"]],
         *given["block"],
         ops.quantized_gemm.ACTIVATIONS[given["activation"]],
+        False,
     )
     tensors = (given["x"], given["weight"], given["scales"], given.get("zeros"), given.get("global_scale"))
     torch.library.opcheck(
         torch.ops.fastkernels.quantized_linear.default,
         (*tensors, given["bias"], *codes, out),
-        test_utils=OPCHECKS if any(t is not None and t.dtype == torch.float8_e4m3fn for t in tensors) else ALL,
+        test_utils=OPCHECKS
+        if any(t is not None and t.dtype == torch.float8_e4m3fn for t in tensors)
+        else ALL,
     )
     x = given.pop("x")
     torch.compiler.reset()
@@ -214,13 +253,22 @@ def test_refuses_what_it_does_not_take():
     refused("in_size is 255; with 4 bits it must be even", x=given["x"][:, :255])
     refused("in_size is 0, but the op takes 1 to 131072", x=given["x"][:, :0])
     refused("weight is int8, but the op takes uint8", weight=given["weight"].to(torch.int8))
-    refused(r"weight has shape \[24, 120\], but the op takes \[out_size, 128\]", weight=given["weight"][:, :120])
-    refused(r"scales has shape \[24, 1\], but the op takes \[24, 2\] for blocks of 1 x 128", scales=torch.ones(24, 1))
+    refused(
+        r"weight has shape \[24, 120\], but the op takes \[out_size, 128\]", weight=given["weight"][:, :120]
+    )
+    refused(
+        r"scales has shape \[24, 1\], but the op takes \[24, 2\] for blocks of 1 x 128",
+        scales=torch.ones(24, 1),
+    )
     refused("scales is int32, but the op takes fp32, fp16", scales=torch.ones(24, 2, dtype=torch.int32))
     refused(r"block is \(1, 48\), but int4 weights take 1 row and 16, 32, 64, a multiple", block=(1, 48))
     refused(r"block is \(2, 128\), but int4 weights take 1 row", block=(2, 128))
     refused("block is .*, but its sizes are positive", block=(0, 128))
-    refused("in_size is 192, which blocks of 128 do not divide", x=given["x"][:, :192], weight=given["weight"][:, :96])
+    refused(
+        "in_size is 192, which blocks of 128 do not divide",
+        x=given["x"][:, :192],
+        weight=given["weight"][:, :96],
+    )
     refused(r"zeros has shape \[24, 1\]", zeros=torch.zeros(24, 1, dtype=torch.uint8))
     refused("zeros is fp32, but the op takes uint8", zeros=torch.zeros(24, 2))
     refused(r"global_scale has shape \[2\], but the op takes \[1\]", global_scale=torch.ones(2))
@@ -257,7 +305,7 @@ ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 def test_lower_instruction_sets(isa):
     """The tests above, in a process of their own: the set is chosen once."""
     assert _run_with(isa, "-c", "import fastkernels; print(fastkernels._C.cpu_isa())").strip() == isa
-    chosen = "matches_reference or depend or every_code or strided or outliers or largest"
+    chosen = "matches_reference or interleaved or depend or every_code or strided or outliers or largest"
     _run_with(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen)
 
 

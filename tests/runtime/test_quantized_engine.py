@@ -1,4 +1,4 @@
-"""Engines with quantised weights: loaded as the scheme says, and as good as a torch model of the same weights."""
+"""Engines with quantised weights: loaded as the scheme says, and as good as torch on the same weights."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastkernels import LLM, SamplingParams
+from fastkernels import LLM, SamplingParams, ops
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.checkpoint.weights import load_weights as load_definition
 from fastkernels.compiler import PASSES, compile_model
@@ -45,9 +45,8 @@ def definition_of(checkpoint: Checkpoint, scheme: Scheme, head: Scheme | None) -
         if part.part != "packed":
             continue
         of, one = part.of, find_scheme(part.scheme)
-        whole = one.dequantize(
-            {name: weights[f"{of.name}.{name}"] for name in one.parts(*of.shape)}, torch.float32
-        )
+        parts = {name: weights[f"{of.name}.{name}"] for name in one.parts(*of.shape)}
+        whole = one.dequantize({**parts, "packed": in_rows(parts["packed"])})
         for source, rows in zip(of.sources, whole.split(list(of.source_rows)), strict=True):
             path = "lm_head" if source == "model.embed_tokens.weight" else source.removesuffix(".weight")
             linear = model.get_submodule(path)
@@ -58,6 +57,14 @@ def definition_of(checkpoint: Checkpoint, scheme: Scheme, head: Scheme | None) -
                 )
             )
     return model
+
+
+def in_rows(packed: torch.Tensor) -> torch.Tensor:
+    """What ``ops.interleave_rows`` was given; here there are multiples of 8 rows."""
+    if not ops.interleaves(packed):
+        return packed
+    groups = packed.view(packed.shape[0] // 8, packed.shape[1] // 64, 8, 64)
+    return groups.transpose(1, 2).reshape(packed.shape)
 
 
 def greedy(model: nn.Module, token_ids: list[int]) -> list[int]:
@@ -123,11 +130,11 @@ def test_loaded_weights_are_the_schemes(demo, name):
     merged = torch.cat([demo.tensor(f"{prefix}.{part}_proj.weight") for part in "qkv"])
     expected = scheme.quantize(merged)
     for part, tensor in expected.items():
-        assert torch.equal(
-            weights[f"{prefix}.qkv_proj.weight.{part}"].view(torch.uint8), tensor.view(torch.uint8)
-        )
+        found = weights[f"{prefix}.qkv_proj.weight.{part}"]
+        found = in_rows(found) if part == "packed" else found
+        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
     assert torch.equal(
-        weights["model.embed_tokens.weight.packed"],
+        in_rows(weights["model.embed_tokens.weight.packed"]),
         find_scheme("int8").quantize(demo.tensor("model.embed_tokens.weight"))["packed"],
     )
     assert weights["model.embed_tokens.weight"].dtype == torch.float16
@@ -191,7 +198,9 @@ def test_biases_are_kept(tmp_path):
 
 
 def test_an_unknown_scheme_is_named():
-    with pytest.raises(ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"):
+    with pytest.raises(
+        ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"
+    ):
         LLM("demo", device="cpu", quantization="int5")
     with pytest.raises(ConfigError, match="no quantization scheme is called 'w4'"):
         LLM("demo", device="cpu", head_quantization="w4")
@@ -201,8 +210,8 @@ def test_a_group_that_does_not_divide_is_named(demo):
     config = replace(demo.config, intermediate_size=600)
     with pytest.raises(
         QuantizationError,
-        match=r"model.layers.0.mlp.down_proj.weight cannot be quantised: int4 takes rows of a multiple of 128, "
-        "its groups; this weight's have 600",
+        match=r"model.layers.0.mlp.down_proj.weight cannot be quantised: int4 takes rows of a multiple of "
+        "128, its groups; this weight's have 600",
     ):
         compile_model(config, quantization="int4")
 
@@ -218,7 +227,7 @@ def test_a_broken_weight_is_named(demo, monkeypatch):
     monkeypatch.setattr(demo, "tensor", broken)
     with pytest.raises(
         QuantizationError,
-        match="model.layers.1.mlp.gate_up_proj.weight cannot be quantised: int8 takes finite weights",
+        match=r"model.layers.1.mlp.gate_up_proj.weight cannot be quantised: int8 takes finite weights",
     ):
         load_weights(plan, demo, device="cpu", dtype=torch.float32)
 

@@ -14,6 +14,7 @@ inline constexpr int kBytes = 4 * kWidth;
 
 using Bytes = uint8_t __attribute__((vector_size(kBytes)));
 using Ints = int32_t __attribute__((vector_size(kBytes)));
+using Words = uint32_t __attribute__((vector_size(kBytes)));
 
 inline Bytes load_bytes(const void* x) {
     Bytes v;
@@ -42,8 +43,8 @@ inline constexpr bool kSignedBytes = true;
 // Adds to element i of sum the products 4i .. 4i + 3 of weight, unsigned, and x, signed. AVX2: weight up to 128.
 inline Ints dot(Ints sum, Bytes weight, Bytes x) {
 #if defined(__AVX512VNNI__)
-    return std::bit_cast<Ints>(_mm512_dpbusd_epi32(std::bit_cast<__m512i>(sum), std::bit_cast<__m512i>(weight),
-                                                   std::bit_cast<__m512i>(x)));
+    return std::bit_cast<Ints>(
+        _mm512_dpbusd_epi32(std::bit_cast<__m512i>(sum), std::bit_cast<__m512i>(weight), std::bit_cast<__m512i>(x)));
 #elif defined(__AVX2__)
     const __m256i pairs = _mm256_maddubs_epi16(std::bit_cast<__m256i>(weight), std::bit_cast<__m256i>(x));
     return sum + std::bit_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

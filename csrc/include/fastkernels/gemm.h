@@ -81,11 +81,23 @@ struct QuantizedLinearParams {
     int64_t num_tokens, in_size, out_size;
     int64_t x_token_stride, out_token_stride;  // elements
     int64_t block_rows, block_size;
+    bool interleaved;  // weight is as interleave_rows leaves it
     WeightType weight_type;
     ScaleType scale_type;
     Activation activation;
     DType dtype;
 };
+
+// Rows in the order one token reads them: 8 rows take turns by 64 bytes; what is left over of the rows stays.
+struct InterleaveParams {
+    const uint8_t* rows;  // [num_rows, row_bytes], contiguous
+    uint8_t* out;         // the same size
+    int64_t num_rows, row_bytes;
+};
+
+inline constexpr int64_t kInterleavedRows = 8, kInterleavedBytes = 64;
+
+void interleave_rows_cpu(const InterleaveParams& p);
 
 inline constexpr int64_t kQuantizedMaxInSize = 1 << 17;  // int32 holds as many products of two bytes
 

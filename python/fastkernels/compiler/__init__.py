@@ -46,7 +46,8 @@ def compile_model(
                      "quantize", with all weights as they are
     quantization, head_quantization: names of schemes (``fastkernels.quantize``) of all linears but the head,
                      and of the head
-    Raises UnknownPassError, UnsupportedModelError, QuantizationError, or CompileError naming what has no step.
+    Raises UnknownPassError, UnsupportedModelError, QuantizationError, or CompileError naming what has no
+    step.
     """
     passes = enabled_passes(disabled_passes)
     schemes = Quantization(

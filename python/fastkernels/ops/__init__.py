@@ -9,7 +9,7 @@ from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
 from fastkernels.ops.kv_cache import append_kv
 from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
 from fastkernels.ops.quant import quantize
-from fastkernels.ops.quantized_gemm import quantized_linear
+from fastkernels.ops.quantized_gemm import interleave_rows, interleaves, quantized_linear
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
 
@@ -27,6 +27,8 @@ __all__ = [
     "gather_rows",
     "gelu_mul",
     "gelu_mul_quant",
+    "interleave_rows",
+    "interleaves",
     "layer_norm",
     "linear",
     "paged_attention",

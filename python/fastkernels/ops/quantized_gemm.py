@@ -20,7 +20,7 @@ from fastkernels.ops.checks import (
 from fastkernels.ops.gemm import matmul
 from fastkernels.ops.quant import Per, quantize
 
-register_mutating_fake("quantized_linear")
+register_mutating_fake("quantized_linear", "interleave_rows")
 
 WeightType = Literal["int8", "int4", "e2m1", "e4m3"]
 Activation = Literal["int8", "e4m3", "e4m3-block"]
@@ -55,6 +55,7 @@ def quantized_linear(
     zeros: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
     activation: Activation | None = None,
+    interleaved: bool = False,
     constant_weight: bool = False,
     tactic: int = -1,
     workspace: torch.Tensor | None = None,
@@ -79,6 +80,7 @@ def quantized_linear(
     global_scale: fp32 [1], or None: 1
     activation: what x is rounded to before: nothing, or, as `quantize` does it, "int8" per token (with int8
             weights), "e4m3" per token or "e4m3-block" per 128 neighbours (with e4m3 weights)
+    interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
     constant_weight, tactic, workspace: on CUDA, as ``linear`` takes them
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
@@ -131,7 +133,9 @@ def quantized_linear(
     )
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
+    require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")
     if x.is_cuda:
+        require(not interleaved, f"{op} on CUDA: interleaved rows are for the CPU")
         weight_scales = _scales_on_cuda(op, activation, scales, global_scale, out_size, in_size, rows, size)
         check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
         per, byte = _QUANTIZED[activation]
@@ -149,8 +153,41 @@ def quantized_linear(
         rows,
         size,
         ACTIVATIONS[activation],
+        interleaved,
         out,
     )
+    return out
+
+
+_INTERLEAVED = "rows are of int8 or uint8 elements, a multiple of 64 of them"
+
+
+def interleaves(weight: torch.Tensor) -> bool:
+    """Whether ``interleave_rows`` takes it."""
+    return weight.dtype in (torch.int8, torch.uint8) and weight.dim() == 2 and weight.shape[1] % 64 == 0
+
+
+def interleave_rows(weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The order in which the CPU reads a weight of int8, int4 or e2m1 fastest: memory as it lies.
+
+    weight: [out_size, row_bytes] int8 | uint8, contiguous, row_bytes a multiple of 64
+    out:    like weight; allocated when None, and then in large pages where the system has them
+    Returns out: of every 8 rows, the first 64 bytes of each in turn, then the next; what is left of the rows
+    stays as it is. Raises ValueError for a dtype, shape, stride or device it does not take, naming what it
+    does.
+    Kernel: csrc/gemm/interleave_rows.cpp
+    """
+    op = "interleave_rows"
+    weight = as_tensor(weight)
+    if not interleaves(weight):
+        raise ValueError(f"{op}: weight is {weight.dtype} {list(weight.shape)}, but its {_INTERLEAVED}")
+    out = torch.empty_like(weight) if out is None else as_tensor(out)
+    check_shape(op, "out", out, tuple(weight.shape), "the shape of weight")
+    check_dtype(op, "out", out, (weight.dtype,))
+    check_device(op, weight=weight, out=out)
+    require(not weight.is_cuda, f"{op}: weight is on {weight.device}, but the op is for the CPU")
+    check_contiguous(op, weight=weight, out=out)
+    torch.ops.fastkernels.interleave_rows(weight, out)
     return out
 
 

@@ -1,7 +1,7 @@
 """How a weight is quantised: one scheme a file, used by the loader and by the compiler's pass alike.
 
-Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4`` takes
-endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
+Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4``
+takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
 neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point.
 """
 

@@ -17,8 +17,8 @@ class Mxfp4(Scheme):
     """packed: uint8 [out_size, in_size / 2], two neighbours a byte, the first in the low half
     scales: uint8 [out_size, in_size / 32]; a weight is 2^(scale - 127) * e2m1
 
-    The scale is the smallest that leaves the largest magnitude at most 7, which becomes 6: no weight is off by
-    more than half a step of the largest. (The specification's rule lets it be just below 8.)
+    The scale is the smallest that leaves the largest magnitude at most 7, which becomes 6: no weight is off
+    by more than half a step. (The specification's rule lets it be just below 8.)
     """
 
     weight_type = "e2m1"
@@ -43,7 +43,9 @@ class Mxfp4(Scheme):
 
 def _quantize_rows(rows: Tensor) -> dict[str, Tensor]:
     blocks = rows.unflatten(1, (-1, BLOCK))
-    mantissa, exponent = torch.frexp(usable(blocks.abs().amax(2)))  # magnitude = mantissa 2^exponent, from 1/2
+    mantissa, exponent = torch.frexp(
+        usable(blocks.abs().amax(2))
+    )  # magnitude = mantissa 2^exponent, from 1/2
     exponent = (exponent - 3 + (mantissa > 0.875)).clamp_(-127, 127)
     codes = to_e2m1(torch.ldexp(blocks, -exponent[..., None]))
     return {"packed": pack_nibbles(codes.flatten(1)), "scales": (exponent + 127).to(torch.uint8)}

@@ -105,7 +105,7 @@ class Scheme(ABC):
 def by_rows(
     weight: Tensor, quantize_rows: Callable[[Tensor], dict[str, Tensor]], multiple: int = 1
 ) -> dict[str, Tensor]:
-    """The parts that ``quantize_rows`` makes of some rows in fp32, of all rows; a multiple of rows at once."""
+    """What ``quantize_rows`` makes of some rows in fp32, of all rows, a multiple of ``multiple`` at once."""
     rows = max(_CHUNK // max(weight.shape[1], 1) // multiple, 1) * multiple
     pieces = [quantize_rows(piece.float()) for piece in weight.split(rows)]
     if len(pieces) == 1:
@@ -119,7 +119,7 @@ def usable(scales: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes 0 to 15 [rows, size], two neighbours a byte, the first in the low half -> uint8 [rows, size / 2]."""
+    """Codes 0 to 15 [rows, size] -> uint8 [rows, size / 2]: two neighbours a byte, the first low."""
     codes = codes.to(torch.uint8).unflatten(1, (-1, 2))
     return codes[..., 0] | codes[..., 1] << 4
 

@@ -63,6 +63,7 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
         _fk.quantized_linear.default,
         *(x, packed, parts["scales"], parts.get("zeros"), parts.get("global_scale"), bias),
         *(WEIGHT_TYPES[scheme.weight_type], *scheme.block(in_size), ACTIVATIONS[scheme.activation]),
+        ops.interleaves(packed),  # as runtime/weights.py leaves them
         outputs[0],
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastkernels import ops
 from fastkernels.checkpoint.errors import CheckpointError
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import Plan, WeightSpec
@@ -28,7 +29,8 @@ def load_weights(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Every WeightSpec of ``plan`` from ``checkpoint``, cast to dtype; merged projections are put together in
-    place, and quantised to nearest where the plan says so.
+    place, and quantised to nearest where the plan says so; on the CPU, packed rows that ``ops.interleaves``
+    takes are interleaved.
 
     A copy in the checkpoint's own dtype on the CPU shares its mapped file.
     Raises CheckpointError for a tensor that is missing, of another shape or not floating point, and for one
@@ -90,13 +92,14 @@ def _make_all(
     return weights
 
 
-def _quantize(
-    of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]
-) -> dict[str, Tensor]:
+def _quantize(of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]) -> dict[str, Tensor]:
     try:
         parts = find_scheme(scheme).quantize(make_source(of))
     except QuantizationError as error:
         raise QuantizationError(f"{of.name} cannot be quantised: {error}") from None
+    packed = parts["packed"]
+    if packed.device.type == "cpu" and ops.interleaves(packed):
+        parts["packed"] = ops.interleave_rows(packed)
     return {f"{of.name}.{part}": tensor for part, tensor in parts.items()}
 
 

@@ -2,8 +2,8 @@
 
     linear(x; W)   ->   quantized_linear(x; W.packed, W.scales, ...)
 
-The head, which gives the logits, has a scheme of its own and is left alone without; embeddings are. A head that
-shares the embedding's weight gets a quantised copy of it.
+The head, which gives the logits, has a scheme of its own and is left alone without; embeddings always are. A
+head that shares the embedding's weight gets a quantised copy of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def quantize(graph: Graph) -> Graph:
     for index, node in enumerate(graph.nodes):
         if node.op != "linear":
             continue
-        scheme = graph.quantization.head if _is_head(graph, users[node.output]) else graph.quantization.linears
+        scheme = (
+            graph.quantization.head if _is_head(graph, users[node.output]) else graph.quantization.linears
+        )
         if scheme is None:
             continue
         weight, *bias = node.weights
