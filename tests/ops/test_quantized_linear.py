@@ -159,9 +159,7 @@ def test_outliers_zeros_and_nan_stay_in_their_token(scheme):
         exact = reference.quantized_linear(**given)
         plain = reference.quantized_linear(**given, dtype=dtype)
         for row in range(len(sound)):
-            assert_as_good_as_torch(
-                result[sound][row : row + 1], plain[row : row + 1], exact[row : row + 1]
-            )
+            assert_as_good_as_torch(result[sound][row : row + 1], plain[row : row + 1], exact[row : row + 1])
         given["bias"] = None
         assert (ops.quantized_linear(**given)[3] == 0).all()
 
@@ -190,7 +188,9 @@ def test_opcheck_and_compile(scheme):
     torch.library.opcheck(
         torch.ops.fastkernels.quantized_linear.default,
         (*tensors, given["bias"], *codes, out),
-        test_utils=OPCHECKS if any(t is not None and t.dtype == torch.float8_e4m3fn for t in tensors) else ALL,
+        test_utils=OPCHECKS
+        if any(t is not None and t.dtype == torch.float8_e4m3fn for t in tensors)
+        else ALL,
     )
     x = given.pop("x")
     torch.compiler.reset()
@@ -214,13 +214,22 @@ def test_refuses_what_it_does_not_take():
     refused("in_size is 255; with 4 bits it must be even", x=given["x"][:, :255])
     refused("in_size is 0, but the op takes 1 to 131072", x=given["x"][:, :0])
     refused("weight is int8, but the op takes uint8", weight=given["weight"].to(torch.int8))
-    refused(r"weight has shape \[24, 120\], but the op takes \[out_size, 128\]", weight=given["weight"][:, :120])
-    refused(r"scales has shape \[24, 1\], but the op takes \[24, 2\] for blocks of 1 x 128", scales=torch.ones(24, 1))
+    refused(
+        r"weight has shape \[24, 120\], but the op takes \[out_size, 128\]", weight=given["weight"][:, :120]
+    )
+    refused(
+        r"scales has shape \[24, 1\], but the op takes \[24, 2\] for blocks of 1 x 128",
+        scales=torch.ones(24, 1),
+    )
     refused("scales is int32, but the op takes fp32, fp16", scales=torch.ones(24, 2, dtype=torch.int32))
     refused(r"block is \(1, 48\), but int4 weights take 1 row and 16, 32, 64, a multiple", block=(1, 48))
     refused(r"block is \(2, 128\), but int4 weights take 1 row", block=(2, 128))
     refused("block is .*, but its sizes are positive", block=(0, 128))
-    refused("in_size is 192, which blocks of 128 do not divide", x=given["x"][:, :192], weight=given["weight"][:, :96])
+    refused(
+        "in_size is 192, which blocks of 128 do not divide",
+        x=given["x"][:, :192],
+        weight=given["weight"][:, :96],
+    )
     refused(r"zeros has shape \[24, 1\]", zeros=torch.zeros(24, 1, dtype=torch.uint8))
     refused("zeros is fp32, but the op takes uint8", zeros=torch.zeros(24, 2))
     refused(r"global_scale has shape \[2\], but the op takes \[1\]", global_scale=torch.ones(2))
@@ -241,10 +250,10 @@ def test_refuses_what_it_does_not_take():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-def test_cuda_is_refused():
+def test_rounded_activations_are_refused_on_cuda():
     given = operands("int8", 3, 24, 256, torch.bfloat16)
     moved = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
-    with pytest.raises(ValueError, match="x is on cuda:0, but the op runs on the CPU only so far"):
+    with pytest.raises(ValueError, match="activation is 'int8', but on CUDA the op takes None so far"):
         ops.quantized_linear(**moved)
 
 

@@ -18,6 +18,7 @@ from fastkernels.quantize import SCHEMES, QuantizationError, Scheme, find_scheme
 from fastkernels.runtime.build import DEMO_FOLDER
 from fastkernels.runtime.weights import load_weights, random_weights
 from tests.checkpoints import make_checkpoint
+from tests.conftest import CUDA_REASON
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +192,9 @@ def test_biases_are_kept(tmp_path):
 
 
 def test_an_unknown_scheme_is_named():
-    with pytest.raises(ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"):
+    with pytest.raises(
+        ConfigError, match="no quantization scheme is called 'int5'; there are fp8, fp8-block"
+    ):
         LLM("demo", device="cpu", quantization="int5")
     with pytest.raises(ConfigError, match="no quantization scheme is called 'w4'"):
         LLM("demo", device="cpu", head_quantization="w4")
@@ -223,9 +226,35 @@ def test_a_broken_weight_is_named(demo, monkeypatch):
         load_weights(plan, demo, device="cpu", dtype=torch.float32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-def test_cuda_is_refused():
-    from fastkernels.errors import DeviceError
+@pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+def test_cuda_has_weights_of_its_own_layout():
+    """The same weights, so nearly the same tokens: bf16 activations against fp32 ones."""
+    for name in ("int8-weight", "int4", "int4-g32-zeros", "int4-channel", "nvfp4", "mxfp4"):
+        texts = []
+        for device in ("cpu", "cuda"):
+            llm = LLM("demo", device=device, dtype="fp32" if device == "cpu" else "bf16", quantization=name)
+            outputs = llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=4))
+            texts.append([output.text for output in outputs])
+        agree = sum(a == b for a, b in zip(*texts, strict=True))
+        assert agree >= len(PROMPTS) - 1, f"{name}: {texts}"
 
-    with pytest.raises(DeviceError, match="quantised weights run on the CPU only so far; give device='cpu'"):
-        LLM("demo", device="cuda", quantization="int8")
+
+@pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+def test_what_cuda_does_not_take():
+    for name in ("fp8", "fp8-block", "int8"):
+        with pytest.raises(
+            QuantizationError, match=f"{name} rounds activations, for which there is no GPU kernel"
+        ):
+            LLM("demo", device="cuda", dtype="bf16", quantization=name)
+    with pytest.raises(ConfigError, match="quantised weights on CUDA take dtype bf16 or fp16"):
+        LLM("demo", device="cuda", dtype="fp32", quantization="int4")
+
+
+@pytest.mark.parametrize("name", ["int8-weight", "int4", "int4-zeros", "nvfp4", "mxfp4"])
+def test_weights_in_the_layout_of_cuda_take_the_bytes_that_the_plan_says(demo, name):
+    plan = compile_model(demo.config, quantization=f"{name}@cuda")
+    weights = load_weights(plan, demo, device="cpu", dtype=torch.float32)
+    for spec in plan.weights.values():
+        assert tuple(weights[spec.name].shape) == spec.shape
+        if spec.quantized:
+            assert weights[spec.name].dtype == getattr(torch, spec.dtype)

@@ -17,6 +17,7 @@ from fastkernels.ops.checks import (
     register_mutating_fake,
     require,
 )
+from fastkernels.ops.weight_only import repack_for_cuda, weight_only_linear
 
 register_mutating_fake("quantized_linear")
 
@@ -73,9 +74,11 @@ def quantized_linear(
     Returns out. Products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
     254^2 (fp32) steps of the largest of 128 neighbours, and exact within a block; sums of blocks, and all of
     e4m3, in fp32. Bitwise repeatable, and a token's result does not depend on the others.
-    Runs on the CPU. Raises ValueError for a shape, dtype, stride or device it does not take, naming what it
+    On CUDA: weights are repacked at every call, which takes far longer than the product; keep what
+    ``repack_for_cuda`` makes and call ``weight_only_linear``, whose docstring says what differs (activation
+    None, products of floats). Raises ValueError for a shape, dtype, stride or device it does not take, naming what it
     does.
-    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp
+    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, weight_only.cuh
     """
     op = "quantized_linear"
     x, weight, scales = as_tensor(x), as_tensor(weight), as_tensor(scales)
@@ -113,7 +116,16 @@ def quantized_linear(
     check_device(
         op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias, out=out
     )
-    require(not x.is_cuda, f"{op}: x is on {x.device}, but the op runs on the CPU only so far")
+    if x.is_cuda:
+        require(
+            activation is None,
+            f"{op}: activation is {activation!r}, but on CUDA the op takes None so far",
+        )
+        check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
+        repacked = repack_for_cuda(
+            weight, scales, weight_type=weight_type, block=block, zeros=zeros, global_scale=global_scale
+        )
+        return weight_only_linear(x, repacked, bias, out=out)
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
     torch.ops.fastkernels.quantized_linear(
@@ -150,9 +162,7 @@ def _checked_out_size(op: str, weight: torch.Tensor, weight_type: str, in_size: 
     return weight.shape[0]
 
 
-def _checked_block(
-    op: str, weight_type: str, block: tuple[int, int] | None, in_size: int
-) -> tuple[int, int]:
+def _checked_block(op: str, weight_type: str, block: tuple[int, int] | None, in_size: int) -> tuple[int, int]:
     rows, size = block or (1, in_size)
     if rows < 1 or size < 1:
         raise ValueError(f"{op}: block is {block}, but its sizes are positive")
