@@ -1,12 +1,12 @@
-"""Writes random weights of every format for check_fragments.cu and runs it: python check_fragments.py BINARY"""
+"""Writes random weights of every format for check_fragments.cu, and runs it: its binary is the argument."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastkernels import ops
 from fastkernels.ops import reference
 from tests.ops.test_quantized_linear import operands
 from tests.ops.test_weight_only import FORMATS, repack
@@ -35,7 +35,7 @@ for name in FORMATS:
             if "global_scale" in full:
                 value = reference.dequantize_weight(**{k: v for k, v in full.items() if k != "global_scale"})
             scale = torch.ones_like(exact)
-        with open("/tmp/fragments.bin", "wb") as f:
+        with Path("/tmp/fragments.bin").open("wb") as f:
             f.write(np.array(weight.packed.shape[:2], dtype=np.int32).tobytes())
             f.write(weight.packed.numpy().tobytes())
             f.write(value.numpy().tobytes())

@@ -39,7 +39,7 @@ SCHEMES |= {
 }
 DTYPES = [torch.bfloat16, torch.float16]
 TOKENS = [0, 1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200]
-SIZES = [  # out_size, in_size: tails of 16 rows, of 128 neighbours, fewer chunks than warps, and more than one group
+SIZES = [  # out_size, in_size: tails of 16 rows and of 128 neighbours, fewer chunks than warps
     (1, 128),
     (17, 256),
     (40, 1024),
@@ -47,7 +47,7 @@ SIZES = [  # out_size, in_size: tails of 16 rows, of 128 neighbours, fewer chunk
     (80, 384),
 ]
 TAILS = [(33, 8), (16, 200), (50, 1160)]  # of schemes with a scale a row
-MANY_ROWS = (20000, 512)  # more tiles than a block takes at once
+MANY_ROWS = (9000, 512)  # more tiles than a block takes at once
 
 
 def repack(given: dict[str, Any]) -> ops.RepackedWeight:
@@ -68,7 +68,7 @@ def unpack(weight: ops.RepackedWeight) -> torch.Tensor:
     values = torch.zeros(tiles, 16, chunks, 128, dtype=torch.float64)
     for lane in range(32):
         g, t = divmod(lane, 4)
-        for index in range(8 if not is_byte else 8):  # an operand of the mma: k of pair 0, and its 8 values
+        for index in range(8):  # an operand of the mma: k of pair 0, and its 8 values
             if is_byte:
                 u, j = divmod(index, 2)
                 k, at = 32 * u + 8 * t + 4 * j, u * 512 + lane * 16 + j * 8
@@ -176,7 +176,7 @@ def test_repacking_refuses():
     with pytest.raises(ValueError, match="weight or scales hold NaN or infinity"):
         repack(given)
     with pytest.raises(
-        ValueError, match="weight is int4 with blocks of 1 x 16 .* but the op takes int4 with"
+        ValueError, match=r"weight is int4 with blocks of 1 x 16 .* but the op takes int4 with"
     ):
         repack(operands("int4-g16", 1, 20, 256, torch.bfloat16))
     with pytest.raises(ValueError, match="x is on cpu, but the op runs on CUDA only"):
@@ -185,7 +185,7 @@ def test_repacking_refuses():
         )
 
 
-# --- on a GPU -------------------------------------------------------------------------------------------------
+# --- on a GPU -------------------------------------------------------------------------------------------
 
 
 def moved(given: dict[str, Any]) -> dict[str, Any]:
@@ -200,8 +200,7 @@ def check(given: dict[str, Any], weight: ops.RepackedWeight, tactic: int) -> Non
     exact = reference.quantized_linear(**given)
     plain = reference.quantized_linear(**given, dtype=torch.float32).to(x.dtype)
     assert_as_good_as_torch(out.cpu(), plain, exact)
-    if x.dtype == torch.float16:
-        assert_similar(out.cpu(), exact, 1e-5)
+    assert_similar(out.cpu(), exact, 1e-5)
     again = ops.weight_only_linear(x, weight, bias, tactic=tactic, constant_weight=True)
     assert torch.equal(out, again), "two runs differ"
 

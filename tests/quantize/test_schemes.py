@@ -5,15 +5,7 @@ import torch
 
 from fastkernels.quantize import SCHEMES, QuantizationError, find_scheme
 
-NAMES = [
-    *SCHEMES,
-    "int4-g32",
-    "int4-g64",
-    "int4-channel",
-    "int4-zeros",
-    "int4-g32-zeros",
-    "int4-channel-zeros",
-]
+NAMES = [*SCHEMES, "int4-g32", "int4-g64", "int4-channel", "int4-zeros", "int4-g32-zeros", "int4-channel-zeros"]
 SHAPES = [(1, 128), (3, 256), (130, 384), (257, 640)]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -167,9 +159,7 @@ def test_weights_that_are_refused(name):
     for bad in (float("nan"), float("inf"), -float("inf")):
         weight = torch.randn(4, 256)
         weight[2, 77] = bad
-        with pytest.raises(
-            QuantizationError, match=f"{name} takes finite weights; this one holds NaN or inf"
-        ):
+        with pytest.raises(QuantizationError, match=f"{name} takes finite weights; this one holds NaN or inf"):
             scheme.quantize(weight)
     with pytest.raises(QuantizationError, match=r"takes a floating point weight .* torch.int64 \[4, 256\]"):
         scheme.quantize(torch.ones(4, 256, dtype=torch.int64))

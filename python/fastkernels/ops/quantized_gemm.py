@@ -76,8 +76,8 @@ def quantized_linear(
     e4m3, in fp32. Bitwise repeatable, and a token's result does not depend on the others.
     On CUDA: weights are repacked at every call, which takes far longer than the product; keep what
     ``repack_for_cuda`` makes and call ``weight_only_linear``, whose docstring says what differs (activation
-    None, products of floats). Raises ValueError for a shape, dtype, stride or device it does not take, naming what it
-    does.
+    None, products of floats).
+    Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
     Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, weight_only.cuh
     """
     op = "quantized_linear"

@@ -89,9 +89,10 @@ def packed_format_of(
     if weight_type == "e2m1" and block == (1, 32) and scale_dtype == torch.uint8:
         return "mxfp4"
     raise ValueError(
-        f"{op}: weight is {weight_type} with blocks of {rows} x {size} and scales in {scale_dtype}, but the op "
-        "takes int4 with a scale a row or for 32, 64 or a multiple of 128 neighbours, int8 with a scale a row, "
-        "e4m3 with a scale a row or for 128 x 128, and e2m1 with an e4m3 scale for 16 or an exponent for 32"
+        f"{op}: weight is {weight_type} with blocks of {rows} x {size} and scales in {scale_dtype}, but "
+        "the op takes int4 with a scale a row or for 32, 64 or a multiple of 128 neighbours, int8 with a scale "
+        "a row, e4m3 with a scale a row or for 128 x 128, and e2m1 with an e4m3 scale for 16 or an exponent "
+        "for 32"
     )
 
 
@@ -107,8 +108,7 @@ def repack_for_cuda(
 ) -> RepackedWeight:
     """The weight in the order that the GPU's kernel streams it; arguments as ``quantized_linear`` takes them.
 
-    permutation: int64 [in_size]: column i of the weight is for column permutation[i] of x (GPTQ's activation
-                 order)
+    permutation: int64 [in_size]: column i of the weight is for column permutation[i] of x (activation order)
     Every value stays what it is, but scales of groups of int4 are rounded to 11 bits (those in bf16 and fp16
     have no more), and to multiples of 2^-25 of the row's largest; MXFP4 blocks below 2^-244 of the row's
     largest become zero. Runs where the weight is, once, at load; it waits for the GPU.
@@ -166,8 +166,9 @@ def weight_only_linear(
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first units are then read while the kernel before this one ends
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
-    Returns out. Weights are exact in registers, sums in fp32, rounded once; bitwise repeatable; with one
-    tactic and up to 8 (16, 32, 64) tokens a token's result does not depend on the others; safe in a CUDA graph.
+    Returns out. Weights are exact in registers, sums in fp32, rounded once; bitwise repeatable; with a
+    given tactic and up to 8, 16, 32 or 64 tokens a token's result does not depend on the others; safe in a
+    CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernel: csrc/gemm/weight_only.cuh
     """
@@ -213,7 +214,7 @@ def weight_only_linear(
     return out
 
 
-# --- The units' bytes. k of a unit is 64 u + 32 s + 8 t + 4 j + 2 p + low (8 bits: 32 u + 8 t + ...), row 8 half + g --
+# --- The units' bytes: k is 64 u + 32 s + 8 t + 4 j + 2 p + low (8 bits: 32 u + 8 t + ...), row 8 half + g -
 
 
 def _whole(values: Tensor, size: int, fill: int | float = 0) -> Tensor:
@@ -245,7 +246,7 @@ def _int4(
     packed: Tensor, scales: Tensor, zeros: Tensor | None, size: int, packed_format: str
 ) -> tuple[Tensor, Tensor]:
     codes, scales = _codes(packed), scales.double()
-    rows, in_size = codes.shape
+    in_size = codes.shape[1]
     whole, group = _chunks(in_size) * SIZE, int(packed_format.split("-")[1][1:])
     if size >= in_size:  # a scale a row: groups of 1
         factors, scales, times = scales[:, 0], torch.ones_like(scales), whole // group

@@ -2,8 +2,8 @@
 
 Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4`` takes
 endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
-neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point. ``@cuda`` behind a name
-is the same weights in the layout of the GPU's kernel, which engines on CUDA hold.
+neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point. ``@cuda`` behind a
+name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold.
 """
 
 from __future__ import annotations

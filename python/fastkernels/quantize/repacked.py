@@ -1,4 +1,4 @@
-"""A scheme's weights in the layout that the GPU's weight-only kernel streams: repacked once, as they are loaded."""
+"""A scheme's weights in the layout that the GPU's weight-only kernel streams: repacked as they are loaded."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Repacked(Scheme):
     def __post_init__(self) -> None:
         if self.scheme.activation is not None:
             raise QuantizationError(
-                f"{self.scheme.name} rounds activations, for which there is no GPU kernel yet; on CUDA there are "
-                "int8-weight, int4 and its endings, nvfp4 and mxfp4"
+                f"{self.scheme.name} rounds activations, for which there is no GPU kernel yet; on CUDA there "
+                "are int8-weight, int4 and its endings, nvfp4 and mxfp4"
             )
 
     @property

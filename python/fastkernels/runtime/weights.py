@@ -90,7 +90,9 @@ def _make_all(
     return weights
 
 
-def _quantize(of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]) -> dict[str, Tensor]:
+def _quantize(
+    of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]
+) -> dict[str, Tensor]:
     try:
         parts = find_scheme(scheme).quantize(make_source(of))
     except QuantizationError as error:

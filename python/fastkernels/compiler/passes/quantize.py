@@ -21,9 +21,7 @@ def quantize(graph: Graph) -> Graph:
     for index, node in enumerate(graph.nodes):
         if node.op != "linear":
             continue
-        scheme = (
-            graph.quantization.head if _is_head(graph, users[node.output]) else graph.quantization.linears
-        )
+        scheme = graph.quantization.head if _is_head(graph, users[node.output]) else graph.quantization.linears
         if scheme is None:
             continue
         weight, *bias = node.weights
