@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from fastkernels.ops import reference
-from tests.ops.test_quantized_linear import operands
-from tests.ops.test_weight_only import FORMATS, repack
+from tests.ops.test_weight_only import FORMATS, operands, repack
 
 bad = 0
 for name in FORMATS:

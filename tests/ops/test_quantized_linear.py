@@ -44,9 +44,19 @@ SCHEMES: dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]] =
 }
 
 
-def operands(scheme: str, num_tokens: int, out_size: int, in_size: int, dtype: torch.dtype) -> dict[str, Any]:
+Schemes = dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]]
+
+
+def operands(
+    scheme: str,
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    dtype: torch.dtype,
+    schemes: Schemes = SCHEMES,
+) -> dict[str, Any]:
     """Every code there is but NaN; scales such that the result is of size 1."""
-    weight_type, size, rows, scale_dtype, has_zeros, activation = SCHEMES[scheme]
+    weight_type, size, rows, scale_dtype, has_zeros, activation = schemes[scheme]
     size = in_size if size is None else size
     if weight_type == "int8":
         weight, spread = torch.randint(-128, 128, (out_size, in_size)).to(torch.int8), 74.0

@@ -9,12 +9,13 @@ from fastkernels import ops
 from fastkernels.ops import reference
 from fastkernels.ops.weight_only import packed_shape
 from tests.conftest import CUDA_REASON
-from tests.ops.test_quantized_linear import SCHEMES, operands
+from tests.ops.test_quantized_linear import SCHEMES, Schemes
+from tests.ops.test_quantized_linear import operands as operands_of
 from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 
 on_cuda = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 
-# format -> name in SCHEMES there, of the schemes that are left
+# format -> name in LAYOUTS
 FORMATS = {
     "int4-g128": "int4-g128",
     "int4-g64": "int4-g64",
@@ -31,7 +32,8 @@ FORMATS = {
     "nvfp4": "nvfp4",
     "mxfp4": "mxfp4",
 }
-SCHEMES |= {
+LAYOUTS: Schemes = {
+    **SCHEMES,
     "int4-g32": ("int4", 32, 1, torch.bfloat16, False, None),
     "int4-g64-zeros": ("int4", 64, 1, torch.float16, True, None),
     "int4-g256": ("int4", 256, 1, torch.bfloat16, False, None),
@@ -50,13 +52,17 @@ TAILS = [(33, 8), (16, 200), (50, 1160)]  # of schemes with a scale a row
 MANY_ROWS = (9000, 512)  # more tiles than a block takes at once
 
 
+def operands(scheme: str, num_tokens: int, out_size: int, in_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    return operands_of(scheme, num_tokens, out_size, in_size, dtype, LAYOUTS)
+
+
 def repack(given: dict[str, Any]) -> ops.RepackedWeight:
     names = ("weight", "scales", "weight_type", "block", "zeros", "global_scale")
     return ops.repack_for_cuda(**{name: given[name] for name in names if name in given})
 
 
 def takes(name: str, in_size: int) -> bool:
-    size = SCHEMES[FORMATS[name]][1]
+    size = LAYOUTS[FORMATS[name]][1]
     return size is None or in_size % size == 0
 
 
