@@ -89,9 +89,9 @@ def packed_format_of(
     if weight_type == "e2m1" and block == (1, 32) and scale_dtype == torch.uint8:
         return "mxfp4"
     raise ValueError(
-        f"{op}: weight is {weight_type} with blocks of {rows} x {size} and scales in {scale_dtype}, but "
-        "the op takes int4 with a scale a row or for 32, 64 or a multiple of 128 neighbours, int8 with a scale "
-        "a row, e4m3 with a scale a row or for 128 x 128, and e2m1 with an e4m3 scale for 16 or an exponent "
+        f"{op}: weight is {weight_type} with blocks of {rows} x {size} and {scale_dtype} scales, but the op "
+        "takes int4 with a scale a row or for 32, 64 or a multiple of 128 neighbours, int8 with a scale a "
+        "row, e4m3 with a scale a row or for 128 x 128, and e2m1 with an e4m3 scale for 16 or an exponent "
         "for 32"
     )
 
