@@ -1,7 +1,8 @@
-"""linear and the Hopper kernel of large products, at Llama-3.1-8B's shapes."""
+"""linear, weight_only_linear, and the Hopper kernel of large products, at Llama-3.1-8B's shapes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from benchmarks.harness import Call, Case, Row, run_cases
 from benchmarks.shapes import Shapes, shapes_for, tokens_label
 from fastkernels import ops
 from fastkernels.ops.gemm import matmul, matmul_workspace
+from fastkernels.quantize import Repacked, find_scheme
+
+WEIGHT_ONLY = ("int4", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
 
 
 class Inputs(NamedTuple):
@@ -24,6 +28,14 @@ class MatmulInputs(NamedTuple):
     weight: torch.Tensor  # [out_size, in_size]
     x_scales: torch.Tensor | None  # [num_tokens] | [num_tokens, in_size / 128]
     weight_scales: torch.Tensor | None  # [out_size] | [out_size / 128, in_size / 128]
+    out: torch.Tensor  # [num_tokens, out_size]
+
+
+class WeightOnlyInputs(NamedTuple):
+    x: torch.Tensor  # [num_tokens, in_size]
+    full: torch.Tensor  # [out_size, in_size]: the peer's weight
+    parts: dict[str, torch.Tensor]  # of the scheme
+    weight: ops.RepackedWeight
     out: torch.Tensor  # [num_tokens, out_size]
 
 
@@ -54,6 +66,12 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 for name, (out_size, in_size) in list(_products(shapes).items())[:4]:
                     yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace)
         yield _matmul_case("fp8 block", "deepseek", 4096, 7168, 16384, device, workspace)
+    if device.type != "cuda":
+        return
+    for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
+        for num_tokens in (1, 16) if quick else (1, 4, 8, 16, 32, 64):
+            for name, (out_size, in_size) in _products(shapes).items():
+                yield _weight_only_case(scheme, name, num_tokens, out_size, in_size, shapes.dtype, device)
 
 
 def _case(
@@ -161,4 +179,46 @@ def _matmul_case(
         num_bytes=(out_size + num_tokens) * in_size * element_bytes + num_tokens * out_size * 2,
         flops=2 * num_tokens * out_size * in_size,
         peers=_PEERS[kind],
+    )
+
+
+def _weight_only_case(
+    scheme_name: str,
+    name: str,
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    scheme = find_scheme(scheme_name)
+    layout = Repacked(scheme)
+
+    def make() -> WeightOnlyInputs:
+        x = torch.randn(num_tokens, in_size, dtype=dtype, device=device)
+        full = torch.randn(out_size, in_size, dtype=dtype, device=device) * in_size**-0.5
+        given = scheme.quantize(full)
+        repacked = ops.repack_for_cuda(
+            given["packed"],
+            given["scales"],
+            weight_type=scheme.weight_type,
+            block=scheme.block(in_size),
+            zeros=given.get("zeros"),
+            global_scale=given.get("global_scale"),
+        )
+        return WeightOnlyInputs(x, full, given, repacked, x.new_empty(num_tokens, out_size))
+
+    num_bytes = sum(
+        math.prod(part.shape) * part.torch_dtype.itemsize for part in layout.parts(out_size, in_size).values()
+    )
+    return Case(
+        "weight_only_linear",
+        f"{scheme_name} {name} {out_size} x {in_size}, {tokens_label(num_tokens)}",
+        dtype,
+        make=make,
+        ours=lambda i: lambda: ops.weight_only_linear(i.x, i.weight, constant_weight=True, out=i.out),
+        expect=lambda i: i.x.float() @ scheme.dequantize(i.parts).t(),
+        num_bytes=num_bytes + num_tokens * (in_size + out_size) * dtype.itemsize,
+        flops=2 * num_tokens * out_size * in_size,
+        peers={"torch mm in bf16": lambda i: lambda: torch.mm(i.x, i.full.t(), out=i.out)},
     )

@@ -104,4 +104,42 @@ inline constexpr int64_t kQuantizedMaxInSize = 1 << 17;  // int32 holds as many 
 void integer_linear_cpu(const QuantizedLinearParams& p);  // int8, int4, e2m1
 void fp8_linear_cpu(const QuantizedLinearParams& p);      // e4m3
 
+// Weights that were repacked for the GPU's tensor cores (gemm/weight_only.h); of int4, gN is the size of a group.
+enum class PackedFormat : int8_t {
+    int4_g128,
+    int4_g64,
+    int4_g32,
+    int4_g128_zeros,
+    int4_g64_zeros,
+    int4_g32_zeros,
+    int8,
+    e4m3,
+    e4m3_block,
+    nvfp4,
+    mxfp4,
+};
+inline constexpr int kNumPackedFormats = 11;
+
+// out = x W^T + bias for any number of tokens, x as it is.
+struct WeightOnlyParams {
+    const void* x;             // [num_tokens, in_size], last dimension contiguous, rows aligned to 16 bytes
+    const uint8_t* packed;     // the units of gemm/weight_only.h
+    const float* row_factors;  // [out_size]: what a row's sum is multiplied by
+    const void* bias;          // [out_size], or null
+    void* out;                 // [num_tokens, out_size], last dimension contiguous
+    int64_t num_tokens, in_size, out_size;
+    int64_t x_token_stride, out_token_stride;  // elements
+    PackedFormat format;
+    int tactic;            // 0: chosen by shape; else one of 1 to kWeightOnlyTactics
+    bool constant_weight;  // no kernel before this one in its stream writes packed: it may be read early
+    DType dtype;
+};
+
+// Tactic 1 + i: K is split over 2^(i / 2) blocks (1, 2, 4) of a cluster, and i % 2 chooses wide blocks over narrow
+// ones.
+inline constexpr int kWeightOnlyTactics = 6;
+
+int64_t packed_bytes(PackedFormat format, int64_t out_size, int64_t in_size);
+void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream);
+
 }  // namespace fastkernels

@@ -19,6 +19,7 @@ from fastkernels.ops.checks import (
 )
 from fastkernels.ops.gemm import matmul
 from fastkernels.ops.quant import Per, quantize
+from fastkernels.ops.weight_only import repack_for_cuda, weight_only_linear
 
 register_mutating_fake("quantized_linear", "interleave_rows")
 
@@ -93,7 +94,9 @@ def quantized_linear(
     tensors that are allocated. Tactics 0 to 3 add up e4m3 with about 14 bits, the others, and -1, less than
     512 neighbours at a time. A token's result may depend on how many others there are.
     Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
-    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh
+    With activation None on CUDA weights are repacked at every call, which takes far longer than the
+    product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
+    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, weight_only.cuh
     """
     op = "quantized_linear"
     x, weight, scales = as_tensor(x), as_tensor(weight), as_tensor(scales)
@@ -131,6 +134,12 @@ def quantized_linear(
     check_device(
         op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias, out=out
     )
+    if x.is_cuda and activation is None:
+        check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
+        repacked = repack_for_cuda(
+            weight, scales, weight_type=weight_type, block=block, zeros=zeros, global_scale=global_scale
+        )
+        return weight_only_linear(x, repacked, bias, out=out)
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
     require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")

@@ -158,7 +158,8 @@ def dequantize_weight(
     """[out_size, in_size] of dtype: what ``quantized_linear`` takes the weight for."""
     if weight_type in ("int4", "e2m1"):
         codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1).long()
-        values = codes if weight_type == "int4" else torch.tensor(_E2M1 + tuple(-v for v in _E2M1))[codes]
+        table = torch.tensor(_E2M1 + tuple(-v for v in _E2M1), device=codes.device)
+        values = codes if weight_type == "int4" else table[codes]
         values = values.to(dtype)
     else:
         values = weight.to(dtype)
