@@ -43,9 +43,8 @@ class Mxfp4(Scheme):
 
 def _quantize_rows(rows: Tensor) -> dict[str, Tensor]:
     blocks = rows.unflatten(1, (-1, BLOCK))
-    mantissa, exponent = torch.frexp(
-        usable(blocks.abs().amax(2))
-    )  # magnitude = mantissa 2^exponent, from 1/2
+    # magnitude = mantissa 2^exponent, the mantissa from 1/2
+    mantissa, exponent = torch.frexp(usable(blocks.abs().amax(2)))
     exponent = (exponent - 3 + (mantissa > 0.875)).clamp_(-127, 127)
     codes = to_e2m1(torch.ldexp(blocks, -exponent[..., None]))
     return {"packed": pack_nibbles(codes.flatten(1)), "scales": (exponent + 127).to(torch.uint8)}
