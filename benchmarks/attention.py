@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Case, Row, close, run_cases
+from benchmarks.harness import Case, ResultError, Row, close, run_cases
 from benchmarks.peers import flash_attention_3, vllm_name
 from fastkernels import ops
 
@@ -32,7 +32,8 @@ class Batch:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
-    kv_dtype: torch.dtype | None = None  # of the cache, where it is not that of q
+    kv_dtype: torch.dtype | None = None  # of k and v, where it is not that of out
+    q_dtype: torch.dtype | None = None  # likewise
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +56,8 @@ class Batch:
     def num_bytes(self, dtype: torch.dtype) -> int:
         """K and V once, q and out once."""
         keys = 2 * self.num_keys * self.num_kv_heads * (self.kv_dtype or dtype).itemsize
-        return (keys + 2 * self.num_tokens * self.num_q_heads * dtype.itemsize) * self.head_dim
+        rows = self.num_tokens * self.num_q_heads * ((self.q_dtype or dtype).itemsize + dtype.itemsize)
+        return (keys + rows) * self.head_dim
 
     def cu_seqlens_q(self, device: torch.device) -> torch.Tensor:
         return _cumulative([queries for queries, _ in self.lengths], device)
@@ -71,7 +73,7 @@ def decode(num_seqs: int, context: int, suffix: str = "", **heads: Any) -> Batch
     return Batch(f"{num_seqs} x {_short(context)}{suffix}", ((1, context),) * num_seqs, **heads)
 
 
-def prefill(num_seqs: int, length: int, suffix: str = "", **heads: int) -> Batch:
+def prefill(num_seqs: int, length: int, suffix: str = "", **heads: Any) -> Batch:
     return Batch(f"{num_seqs} x {_short(length)}{suffix}", ((length, length),) * num_seqs, **heads)
 
 
@@ -102,9 +104,12 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
         prefill(2, 8192, ", head 64", head_dim=64),
         prefill(2, 8192, ", head 256, 16 q heads", head_dim=256, num_q_heads=16),
     ]
+    fp8 = {"q_dtype": torch.float8_e4m3fn, "kv_dtype": torch.float8_e4m3fn}
+    fp8_prefills = [prefill(*shape, ", q, k, v e4m3", **fp8) for shape in ((8, 2048), (2, 8192), (1, 32768))]
+    contiguous += fp8_prefills
     mixed = Batch("mixed: 4 x 512 of 2k, 60 decodes at 1k", ((512, 2048),) * 4 + ((1, 1024),) * 60)
     chunk = Batch("1 x 512 of 100k", ((512, 102400),))
-    paged = [*(prefill(*shape) for shape in shapes), chunk, mixed]
+    paged = [*(prefill(*shape) for shape in shapes), *fp8_prefills, chunk, mixed]
     if quick:
         return contiguous[1:2], [paged[1], mixed], [decode(1, 1024), decode(32, 1024)]
     decodes = [(1, 128), (1, 1024), (1, 8192), (1, 131072), (8, 1024), (8, 8192), (32, 1024), (32, 4096)]
@@ -165,10 +170,11 @@ def _contiguous_case(batch: Batch, dtype: torch.dtype, device: torch.device) -> 
     def make() -> Contiguous:
         q = torch.randn(batch.num_tokens, batch.num_q_heads, batch.head_dim, dtype=dtype, device=device)
         k, v = torch.randn(2, batch.num_keys, batch.num_kv_heads, batch.head_dim, dtype=dtype, device=device)
-        return Contiguous(q, k, v)
+        kv_dtype = batch.kv_dtype or dtype
+        return Contiguous(q.to(batch.q_dtype or dtype), k.to(kv_dtype), v.to(kv_dtype))
 
     def ours(i: Contiguous):
-        out = torch.empty_like(i.q)
+        out = torch.empty_like(i.q, dtype=dtype)
         return lambda: ops.attention(i.q, i.k, i.v, cu_q, cu_k, plan=plan(), out=out)
 
     def by_fa3(i: Contiguous):
@@ -191,9 +197,11 @@ def _contiguous_case(batch: Batch, dtype: torch.dtype, device: torch.device) -> 
 
         return prepare
 
-    peers: dict[str, Any] = {name: by_sdpa(attend) for name, attend in _sdpa_backends(device).items()}
-    if device.type == "cuda" and (fa3 := flash_attention_3()) is not None:
-        peers[f"FlashAttention 3 ({vllm_name()})"] = by_fa3
+    peers: dict[str, Any] = {}
+    if batch.q_dtype is None:
+        peers = {name: by_sdpa(attend) for name, attend in _sdpa_backends(device).items()}
+        if device.type == "cuda" and (fa3 := flash_attention_3()) is not None:
+            peers[f"FlashAttention 3 ({vllm_name()})"] = by_fa3
     return Case(
         "attention, causal prefill",
         batch.name,
@@ -201,7 +209,7 @@ def _contiguous_case(batch: Batch, dtype: torch.dtype, device: torch.device) -> 
         make=make,
         ours=ours,
         expect=expect,
-        compare=lambda result, expected, dtype: close(_flat(result), expected, dtype),
+        compare=lambda result, expected, dtype: _close((_flat(result),), (expected,), batch, dtype),
         num_bytes=batch.num_bytes(dtype),
         flops=batch.flops,
         peers=peers,
@@ -232,10 +240,10 @@ def _paged_case(subject: str, batch: Batch, dtype: torch.dtype, device: torch.de
         if batch.kv_dtype is not None:
             keys = keys.to(batch.kv_dtype)
         q = torch.randn(batch.num_tokens, batch.num_q_heads, batch.head_dim, dtype=dtype, device=device)
-        return Paged(q, keys, table)
+        return Paged(q.to(batch.q_dtype or dtype), keys, table)
 
     def ours(i: Paged):
-        out = torch.empty_like(i.q)
+        out = torch.empty_like(i.q, dtype=dtype)
         return lambda: ops.paged_attention(*i, seq_lens, cu_q, plan=plan(), out=out)
 
     def by_fa3(i: Paged):
@@ -311,7 +319,19 @@ def _expected_of_ends(i: Paged, batch: Batch) -> tuple[torch.Tensor, ...]:
 def _compare_ends(result: torch.Tensor, expected: tuple[torch.Tensor, ...], batch: Batch, dtype: str) -> None:
     result = _flat(result)
     ends = (result[: batch.lengths[0][0]], result[-batch.lengths[-1][0] :])
-    close(ends[: len(expected)], expected, dtype)
+    _close(ends[: len(expected)], expected, batch, dtype)
+
+
+def _close(
+    result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], batch: Batch, dtype: str
+) -> None:
+    if batch.q_dtype is None:
+        return close(result, expected, dtype)
+    for x, y in zip(result, expected, strict=True):  # weights in e4m3: tests/ops/test_attention_fp8.py
+        error = ((x.float() - y).norm() / y.norm()).item()
+        if not error <= 0.04:
+            raise ResultError(f"the result is off by {error:.3g} of its norm; 0.04 is allowed")
+    return None
 
 
 # --- the plan -----------------------------------------------------------------------------------------------

@@ -1,20 +1,41 @@
-"""linear: the products of a decode step at Llama-3.1-8B's shapes."""
+"""linear, weight_only_linear, and the Hopper kernel of large products, at Llama-3.1-8B's shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import Case, Row, run_cases
+from benchmarks.harness import Call, Case, Row, run_cases
 from benchmarks.shapes import Shapes, shapes_for, tokens_label
 from fastkernels import ops
+from fastkernels.ops.gemm import matmul, matmul_workspace
+from fastkernels.quantize import Repacked, find_scheme
+
+WEIGHT_ONLY = ("int4", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
 
 
 class Inputs(NamedTuple):
     x: torch.Tensor  # [num_tokens, in_size]
     weight: torch.Tensor  # [out_size, in_size]
+    out: torch.Tensor  # [num_tokens, out_size]
+
+
+class MatmulInputs(NamedTuple):
+    x: torch.Tensor  # [num_tokens, in_size]
+    weight: torch.Tensor  # [out_size, in_size]
+    x_scales: torch.Tensor | None  # [num_tokens] | [num_tokens, in_size / 128]
+    weight_scales: torch.Tensor | None  # [out_size] | [out_size / 128, in_size / 128]
+    out: torch.Tensor  # [num_tokens, out_size]
+
+
+class WeightOnlyInputs(NamedTuple):
+    x: torch.Tensor  # [num_tokens, in_size]
+    full: torch.Tensor  # [out_size, in_size]: the peer's weight
+    parts: dict[str, torch.Tensor]  # of the scheme
+    weight: ops.RepackedWeight
     out: torch.Tensor  # [num_tokens, out_size]
 
 
@@ -38,6 +59,19 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for num_tokens in (1, 16) if quick else (1, 4, 8, 12, 16):
         for name, (out_size, in_size) in _products(shapes).items():
             yield _case(name, num_tokens, out_size, in_size, shapes.dtype, device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        workspace = matmul_workspace(device)
+        for kind in _PEERS:
+            for num_tokens in (64, 2048) if quick else (16, 32, 64, 128, 256, 512, 2048, 8192):
+                for name, (out_size, in_size) in list(_products(shapes).items())[:4]:
+                    yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace)
+        yield _matmul_case("fp8 block", "deepseek", 4096, 7168, 16384, device, workspace)
+    if device.type != "cuda":
+        return
+    for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
+        for num_tokens in (1, 16) if quick else (1, 4, 8, 16, 32, 64):
+            for name, (out_size, in_size) in _products(shapes).items():
+                yield _weight_only_case(scheme, name, num_tokens, out_size, in_size, shapes.dtype, device)
 
 
 def _case(
@@ -59,4 +93,132 @@ def _case(
         num_bytes=num_elements * dtype.itemsize,
         flops=2 * num_tokens * out_size * in_size,
         peers={"torch mm": lambda i: lambda: torch.mm(i.x, i.weight.t(), out=i.out)},
+    )
+
+
+def _scaled_mm(i: MatmulInputs, x_scales: torch.Tensor, weight_scales: torch.Tensor) -> Call:
+    return lambda: torch._scaled_mm(
+        i.x, i.weight.t(), x_scales, weight_scales, out_dtype=torch.bfloat16, use_fast_accum=True, out=i.out
+    )
+
+
+def _by_row(i: MatmulInputs) -> Call:
+    assert i.x_scales is not None and i.weight_scales is not None
+    return _scaled_mm(i, i.x_scales[:, None], i.weight_scales[None, :])
+
+
+def _by_tensor(i: MatmulInputs) -> Call:
+    assert i.x_scales is not None and i.weight_scales is not None
+    return _scaled_mm(i, i.x_scales[:1].clone(), i.weight_scales[:1].clone())
+
+
+def _by_block(i: MatmulInputs) -> Call:
+    assert i.x_scales is not None and i.weight_scales is not None
+    x_scales = i.x_scales.t().contiguous().t()  # as it takes them, column-major
+    return _scaled_mm(i, x_scales, i.weight_scales.t())
+
+
+# By tensor they compute something cheaper than ours, and with int32 out something else: a mark, not a peer.
+_PEERS: dict[str, dict[str, Callable[[MatmulInputs], Call]]] = {
+    "bf16": {"torch mm": lambda i: lambda: torch.mm(i.x, i.weight.t(), out=i.out)},
+    "fp8": {"torch scaled_mm by row": _by_row, "torch scaled_mm by tensor": _by_tensor},
+    "fp8 block": {"torch scaled_mm by block": _by_block},
+    "int8": {"torch int_mm, int32 out": lambda i: lambda: torch._int_mm(i.x, i.weight.t())},
+}
+_TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def _matmul_case(
+    kind: str,
+    name: str,
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    device: torch.device,
+    workspace: torch.Tensor,
+) -> Case:
+    dtype = _TYPES.get(kind, torch.float8_e4m3fn)
+
+    def make() -> MatmulInputs:
+        x = torch.randn(num_tokens, in_size, dtype=torch.bfloat16, device=device)
+        weight = torch.randn(out_size, in_size, dtype=torch.bfloat16, device=device)
+        out = x.new_empty(num_tokens, out_size)
+        if kind == "bf16":
+            return MatmulInputs(x, weight * in_size**-0.5, None, None, out)
+        x_bytes, x_scales = ops.quantize(x, per="block" if kind == "fp8 block" else "token", dtype=dtype)
+        if kind == "fp8 block":
+            weight_scales = torch.rand(out_size // 128, in_size // 128, device=device) + 0.5
+        else:
+            weight_scales = torch.rand(out_size, device=device) + 0.5
+        weight_bytes = weight.mul(20).to(dtype)
+        return MatmulInputs(x_bytes, weight_bytes, x_scales, weight_scales * 0.05 * in_size**-0.5, out)
+
+    def ours(i: MatmulInputs) -> Call:
+        return lambda: matmul(
+            "matmul", i.x, i.weight, i.x_scales, i.weight_scales, None, True, -1, workspace, i.out
+        )
+
+    def expect(i: MatmulInputs) -> torch.Tensor:
+        x, weight = i.x.float(), i.weight.float()
+        if kind == "fp8 block":
+            assert i.x_scales is not None and i.weight_scales is not None
+            x = x * i.x_scales.repeat_interleave(128, 1)
+            weight = weight * i.weight_scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        elif i.x_scales is not None and i.weight_scales is not None:
+            x, weight = x * i.x_scales[:, None], weight * i.weight_scales[:, None]
+        return x @ weight.t()
+
+    element_bytes = dtype.itemsize
+    return Case(
+        "matmul",
+        f"{kind} {name} {out_size} x {in_size}, {tokens_label(num_tokens)}",
+        torch.bfloat16,
+        make=make,
+        ours=ours,
+        expect=expect,
+        num_bytes=(out_size + num_tokens) * in_size * element_bytes + num_tokens * out_size * 2,
+        flops=2 * num_tokens * out_size * in_size,
+        peers=_PEERS[kind],
+    )
+
+
+def _weight_only_case(
+    scheme_name: str,
+    name: str,
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    scheme = find_scheme(scheme_name)
+    layout = Repacked(scheme)
+
+    def make() -> WeightOnlyInputs:
+        x = torch.randn(num_tokens, in_size, dtype=dtype, device=device)
+        full = torch.randn(out_size, in_size, dtype=dtype, device=device) * in_size**-0.5
+        given = scheme.quantize(full)
+        repacked = ops.repack_for_cuda(
+            given["packed"],
+            given["scales"],
+            weight_type=scheme.weight_type,
+            block=scheme.block(in_size),
+            zeros=given.get("zeros"),
+            global_scale=given.get("global_scale"),
+        )
+        return WeightOnlyInputs(x, full, given, repacked, x.new_empty(num_tokens, out_size))
+
+    num_bytes = sum(
+        math.prod(part.shape) * part.torch_dtype.itemsize for part in layout.parts(out_size, in_size).values()
+    )
+    return Case(
+        "weight_only_linear",
+        f"{scheme_name} {name} {out_size} x {in_size}, {tokens_label(num_tokens)}",
+        dtype,
+        make=make,
+        ours=lambda i: lambda: ops.weight_only_linear(i.x, i.weight, constant_weight=True, out=i.out),
+        expect=lambda i: i.x.float() @ scheme.dequantize(i.parts).t(),
+        num_bytes=num_bytes + num_tokens * (in_size + out_size) * dtype.itemsize,
+        flops=2 * num_tokens * out_size * in_size,
+        peers={"torch mm in bf16": lambda i: lambda: torch.mm(i.x, i.full.t(), out=i.out)},
     )

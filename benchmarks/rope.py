@@ -38,9 +38,12 @@ def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[C
     for make_case in (_rope, _rope_append_kv, _append_kv):
         for num_tokens in shapes.tokens:
             yield make_case(num_tokens, shapes, device, compile_peers)
+    if device.type == "cuda":
+        for num_tokens in shapes.tokens:
+            yield _rope_append_kv(num_tokens, shapes, device, compile_peers, torch.float8_e4m3fn)
 
 
-def _make(num_tokens: int, s: Shapes, device: torch.device) -> Inputs:
+def _make(num_tokens: int, s: Shapes, device: torch.device, cache_dtype: torch.dtype | None = None) -> Inputs:
     qkv = torch.randn(
         num_tokens, s.num_q_heads + 2 * s.num_kv_heads, s.head_dim, dtype=s.dtype, device=device
     )
@@ -53,7 +56,9 @@ def _make(num_tokens: int, s: Shapes, device: torch.device) -> Inputs:
         v,
         torch.randint(MAX_POSITION, (num_tokens,), dtype=torch.int32, device=device),
         torch.cat([angle.cos(), angle.sin()], dim=1),
-        torch.zeros(num_pages, 2, s.num_kv_heads, PAGE_SIZE, s.head_dim, dtype=s.dtype, device=device),
+        torch.zeros(num_pages, 2, s.num_kv_heads, PAGE_SIZE, s.head_dim, device=device).to(
+            cache_dtype or s.dtype
+        ),
         torch.randperm(num_pages * PAGE_SIZE, device=device)[:num_tokens],
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
@@ -70,7 +75,8 @@ def _write_cache(
 
 def _expected_cache(i: Inputs, k: torch.Tensor) -> torch.Tensor:
     page, offset = i.slot_mapping // PAGE_SIZE, i.slot_mapping % PAGE_SIZE
-    return _write_cache(k.float(), i.v.float(), i.kv_cache.clone().float(), page, offset)
+    k, v = (x.to(i.kv_cache.dtype).float() for x in (k, i.v))
+    return _write_cache(k, v, i.kv_cache.float(), page, offset)
 
 
 def _expected_rope(i: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +125,13 @@ def _rope(num_tokens: int, s: Shapes, device: torch.device, compile_peers: bool)
     )
 
 
-def _rope_append_kv(num_tokens: int, s: Shapes, device: torch.device, compile_peers: bool) -> Case:
+def _rope_append_kv(
+    num_tokens: int,
+    s: Shapes,
+    device: torch.device,
+    compile_peers: bool,
+    cache_dtype: torch.dtype | None = None,
+) -> Case:
     def ours(i: Inputs):
         def call() -> tuple[torch.Tensor, torch.Tensor]:
             ops.rope_append_kv(
@@ -135,7 +147,7 @@ def _rope_append_kv(num_tokens: int, s: Shapes, device: torch.device, compile_pe
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
             q, k = _turn(i.q, i.k, cosine, sine)
-            return q, _write_cache(k, i.v, i.kv_cache, page, offset)
+            return q, _write_cache(k.to(dtype), i.v.to(dtype), i.kv_cache, page, offset)
 
         return call
 
@@ -143,15 +155,17 @@ def _rope_append_kv(num_tokens: int, s: Shapes, device: torch.device, compile_pe
         q, k = _expected_rope(i)
         return q, _expected_cache(i, k)
 
-    heads = s.num_q_heads + 2 * s.num_kv_heads
+    dtype = cache_dtype or s.dtype
+    read = (s.num_q_heads + 2 * s.num_kv_heads) * s.dtype.itemsize
+    written = s.num_q_heads * s.dtype.itemsize + 2 * s.num_kv_heads * dtype.itemsize
     return Case(
         "rope_append_kv",
-        tokens_label(num_tokens),
+        f"fp8 cache, {tokens_label(num_tokens)}" if cache_dtype else tokens_label(num_tokens),
         s.dtype,
-        make=lambda: _make(num_tokens, s, device),
+        make=lambda: _make(num_tokens, s, device, cache_dtype),
         ours=ours,
         expect=expect,
-        num_bytes=num_tokens * s.head_dim * (2 * heads * s.dtype.itemsize + 4),
+        num_bytes=num_tokens * s.head_dim * (read + written + 4),
         peers={"torch eager": by_torch},
     )
 

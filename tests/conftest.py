@@ -34,7 +34,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _on_the_cpu(oracle: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def call(*args: object, **options: object) -> torch.Tensor:
         moved = [x.cpu() if isinstance(x, torch.Tensor) else x for x in args]
-        return oracle(*moved, **options).to(args[0].device)  # type: ignore[attr-defined]
+        named = {k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+        return oracle(*moved, **named).to(args[0].device)  # type: ignore[attr-defined]
 
     return call
 

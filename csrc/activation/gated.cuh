@@ -37,14 +37,15 @@ __global__ void __launch_bounds__(kGatedMaxThreads) gated_kernel(const GatedPara
         return;
     }
     const T* x = static_cast<const T*>(p.x) + token * p.x_token_stride + at;
-    const auto gate = load_vec<kVec>(x);
-    const auto up = load_vec<kVec>(x + p.size);
-    Vec<T, kVec> y;
+    const auto gate = load_vec<kVec>(x), up = load_vec<kVec>(x + p.size);
+    float y[kVec], z[kVec];
+    to_floats(gate, y);
+    to_floats(up, z);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-        y[i] = from_float<T>(Activation::template apply<T>(to_float(gate[i])) * to_float(up[i]));
+        y[i] = Activation::template apply<T>(y[i]) * z[i];
     }
-    store_vec(static_cast<T*>(p.out) + token * p.out_token_stride + at, y);
+    store_vec(static_cast<T*>(p.out) + token * p.out_token_stride + at, from_floats<T>(y));
 }
 
 template <typename Activation>
@@ -80,14 +81,21 @@ struct GatedSource {
     const T* x;
     int64_t token_stride, size;
 
-    template <int kVec>
-    __device__ __forceinline__ void load(unsigned token, int at, float (&y)[kVec]) const {
+    struct Raw {
+        Vec<T, kVecElements<T>> gate, up;
+    };
+    static constexpr bool kKeepsFloats = true;
+
+    __device__ __forceinline__ Raw read(unsigned token, int at) const {
         const T* gate = x + token * token_stride + at;
-        float up[kVec];
-        to_floats(load_vec<kVec>(gate), y);
-        to_floats(load_vec<kVec>(gate + size), up);
+        return {load_vec<kVecElements<T>>(gate), load_vec<kVecElements<T>>(gate + size)};
+    }
+    __device__ __forceinline__ void compute(const Raw& raw, float (&y)[kVecElements<T>]) const {
+        float up[kVecElements<T>];
+        to_floats(raw.gate, y);
+        to_floats(raw.up, up);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
+        for (int i = 0; i < kVecElements<T>; ++i) {
             y[i] = Activation::template apply<T>(y[i]) * up[i];
         }
     }

@@ -360,9 +360,14 @@ void Attention::run(const Task& task) const {
     for (int32_t r = 0; r < num_rows; ++r) {
         const int32_t token = (task.row_begin + r) / group_;
         const int32_t head = task.kv_head * group_ + (task.row_begin + r) % group_;
-        const T* q =
-            static_cast<const T*>(p_.q) + (s.first_token + token) * p_.q_token_stride + head * p_.q_head_stride;
-        widen(q, p_.head_dim, padded_dim_, x.q + r * padded_dim_, p_.scale);
+        const int64_t offset = (s.first_token + token) * p_.q_token_stride + head * p_.q_head_stride;
+        float* wide = x.q + r * padded_dim_;
+        if (p_.q_dtype == DType::e4m3) {
+            const float q_scale = p_.q_scale != nullptr ? p_.q_scale[task.kv_head] : 1.0f;
+            widen(static_cast<const e4m3*>(p_.q) + offset, p_.head_dim, padded_dim_, wide, p_.scale * q_scale);
+        } else {
+            widen(static_cast<const T*>(p_.q) + offset, p_.head_dim, padded_dim_, wide, p_.scale);
+        }
         x.max[r] = kNone;
         x.sum[r] = 0.0f;
     }

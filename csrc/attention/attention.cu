@@ -1,6 +1,7 @@
 // The launcher of attention: checks, brings pages and contiguous keys to one form, and chooses the kernels:
 //   attention_decode.cuh   the decode tiles: bf16 and fp16, head_dim 64, 80, 96, 128, 256, 16-byte aligned
 //   attention_sm90.cuh     the prefill tiles among those, on Hopper and in steps of some size
+//   attention_fp8_sm90.cuh those of e4m3 queries and keys, likewise
 //   attention_mma.cuh      the prefill tiles elsewhere
 //   attention_plain.cu     all else up to head_dim 256
 //
@@ -8,9 +9,11 @@
 // the first and does not wait for it: it reads what kernels before the first wrote, and each block of the first waits
 // for those before it lets dependents start. It does wait at the end, in one block, so that whoever waits for the
 // second has waited for both.
+#include <algorithm>
 #include <bit>
 
 #include "attention/attention_decode.h"
+#include "attention/attention_fp8_sm90.h"
 #include "attention/attention_mma.h"
 #include "attention/attention_sm90.h"
 #include "common/dtype.cuh"
@@ -23,17 +26,24 @@ namespace {
 // With more tokens the memory is busy without it.
 constexpr int64_t kPrefetchTokens = 4;
 
+constexpr int kLargestSharedBytes = 112 * 1024;
+
 constexpr float kLog2e = 1.4426950408889634f;
 
 bool fits_tensor_cores(const AttentionParams& p) {
     const auto addresses = reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k) |
                            reinterpret_cast<uintptr_t>(p.v) | reinterpret_cast<uintptr_t>(p.out);
-    const auto strides = p.q_token_stride | p.q_head_stride | p.k_token_stride | p.k_head_stride | p.v_token_stride |
-                         p.v_head_stride | p.out_token_stride | p.out_head_stride;
+    const auto strides_bytes = (p.q_token_stride | p.q_head_stride) * static_cast<int64_t>(size_bytes(p.q_dtype)) |
+                               (p.k_token_stride | p.k_head_stride | p.v_token_stride | p.v_head_stride) *
+                                   static_cast<int64_t>(size_bytes(p.kv_dtype)) |
+                               (p.out_token_stride | p.out_head_stride) * 2;
     const bool has_kernel =
         p.head_dim == 64 || p.head_dim == 80 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
-    return has_kernel && (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.scale > 0.0f && addresses % 16 == 0 &&
-           strides % 8 == 0;
+    // The decode kernel of the largest heads wants more shared memory than GPUs of sm_86 and sm_89 have.
+    const bool has_room =
+        p.head_dim <= 128 || device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kLargestSharedBytes;
+    return has_kernel && has_room && (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.scale > 0.0f &&
+           addresses % 16 == 0 && strides_bytes % 16 == 0;
 }
 
 AttentionMmaArgs attention_args(const AttentionParams& p) {
@@ -113,17 +123,18 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     const int sms = num_sms();
     a.item_offset = work_map_item_offset(p.num_kv_heads, sms);
     a.prefill_item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
-    a.first_wave = p.num_tokens <= kPrefetchTokens ? static_cast<unsigned>(kDecodeBlocksPerSm * sms) : 0;
+    a.prefetch_keys = p.num_tokens <= kPrefetchTokens;
     const bool planned_for_sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, a.group, p.dtype);
     a.prefill_rows = planned_for_sm90 ? prefill_rows_sm90(p.head_dim, a.group) : prefill_rows(p.head_dim);
-    const bool plain_keys = p.kv_dtype == p.dtype, sm90 = planned_for_sm90 && plain_keys && p.tree_mask == nullptr;
+    const bool plain_keys = p.kv_dtype == p.dtype, fp8 = takes_fp8_sm90(p);
+    const bool sm90 = planned_for_sm90 && (plain_keys || fp8) && p.tree_mask == nullptr;
     // Prefill first, on as many SMs as the plan gives it; the decodes fill the others, and all in the end.
     a.beside_prefill = sm90;
     if (sm90) {
-        attention_sm90(a, stream);
+        fp8 ? attention_fp8_sm90(a, stream) : attention_sm90(a, stream);
     }
-    const int64_t items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
-    launch_decode(a, dim3(static_cast<unsigned>(items * p.num_kv_heads)), stream);
+    const int64_t units = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms) * p.num_kv_heads;
+    launch_decode(a, dim3(static_cast<unsigned>(std::min<int64_t>(units, kDecodeBlocksPerSm * sms))), stream);
     if (!sm90 && p.num_tokens * a.group > decode_rows(p.head_dim, a.group)) {
         const int64_t prefill_items = max_prefill_items(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms);
         const dim3 grid(static_cast<unsigned>(prefill_items), static_cast<unsigned>(p.num_kv_heads));
@@ -152,10 +163,9 @@ void attention_cuda(const AttentionParams& p, void* stream) {
               "attention needs the work map of attention_plan and a workspace, aligned to 16 bytes");
         launch_tensor_cores(a, stream);
     } else {
-        check(
-            p.kv_dtype == p.dtype && p.tree_mask == nullptr,
-            "attention with a one-byte KV cache or a tree mask takes bf16 and fp16, a positive scale, head_dim 64, 80, "
-            "96, 128 or 256 and addresses and strides in multiples of 16 bytes");
+        check(p.kv_dtype == p.dtype && p.tree_mask == nullptr,
+              "attention with keys of one byte or a tree mask takes bf16 and fp16, a positive scale, head_dim 64, 80, "
+              "96, 128 or 256 and addresses and strides in multiples of 16 bytes");
         attention_plain_cuda(a, stream);
     }
 }

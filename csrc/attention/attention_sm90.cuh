@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
         give_registers<Shape::kProducerRegisters>();
         const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // known to be the same for all lanes
         if (warp == 0) {
-            produce_tiles<D>(args, shared, num_tiles, participants);
+            produce_tiles(args, shared, num_tiles, participants);
         } else {
             produce_keys<D>(args, shared, warp);
         }

@@ -33,7 +33,8 @@ struct Sm90Shape {
     static constexpr int kRows = 64 * kConsumers;
     static_assert(kRows == prefill_rows_sm90(D, 1));
     static constexpr int kKeys = D <= 128 ? 128 : 64;  // of a block
-    static constexpr int kPanels = (D + 63) / 64;      // of 64 columns; what a row lacks TMA fills with zeros
+    static constexpr int kPanelColumns = 64;
+    static constexpr int kPanels = (D + 63) / 64;  // what a row lacks TMA fills with zeros
     static constexpr int kQBytes = kRows * kPanels * 128;
     static constexpr int kSlotBytes = kKeys * kPanels * 128;  // a block of K or of V
     static constexpr int kQSlots = D <= 128 ? 2 : 1;

@@ -40,10 +40,9 @@ __device__ __forceinline__ void make_tile(Tile& t, const AttentionMmaArgs& a, co
 }
 
 // Warp 0: takes tiles from the list, tells the others, and loads Q.
-template <int D>
-__device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D>& shared, int num_tiles,
-                                              int participants) {
-    using Shape = Sm90Shape<D>;
+template <typename Shared>
+__device__ __forceinline__ void produce_tiles(const Sm90Args& args, Shared& shared, int num_tiles, int participants) {
+    using Shape = typename Shared::Shape;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
     const int lane = threadIdx.x % 32;
@@ -81,8 +80,8 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Sm90Shared<D
             mbarrier_arrive_expect_bytes(q_full, Shape::kPanels * args.tile_tokens * a.group * 128);
 #pragma unroll 1
             for (int i = 0; i < Shape::kPanels; ++i) {
-                tma_load(shared_address(shared.q[place.slot]) + i * (Shape::kRows * 128), args.q_map, i * 64,
-                         tile.kv_head * a.group, tile.first_token, q_full);
+                tma_load(shared_address(shared.q[place.slot]) + i * (Shape::kRows * 128), args.q_map,
+                         i * Shape::kPanelColumns, tile.kv_head * a.group, tile.first_token, q_full);
             }
         }
         __syncwarp();  // shared.item has been read

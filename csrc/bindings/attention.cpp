@@ -17,7 +17,6 @@ AttentionParams common_params(const char* op, const Tensor& q, const Tensor& k, 
     check(cu_seqlens_q.dim() == 1 && cu_seqlens_q.size(0) >= 1 &&
               cu_seqlens_q.scalar_type() == torch::headeronly::ScalarType::Int,
           op, ": cu_seqlens_q must be int32 [num_seqs + 1]");
-    check(y.scalar_type() == q.scalar_type(), op, ": out must have the dtype of q");
     check(window >= 0 && window <= std::numeric_limits<int32_t>::max(), op, ": window must be a number of tokens");
     AttentionParams p{};
     p.q = in(q);
@@ -38,8 +37,15 @@ AttentionParams common_params(const char* op, const Tensor& q, const Tensor& k, 
     p.scale = static_cast<float>(scale);
     p.soft_cap = static_cast<float>(soft_cap);
     p.window = static_cast<int32_t>(window);
-    p.dtype = dtype_of(q, "q");
+    p.dtype = dtype_of(y, "out");
+    p.q_dtype = dtype_of(q, "q");
     p.kv_dtype = dtype_of(k, "k");
+    if (p.q_dtype == DType::e4m3) {
+        check(p.kv_dtype == DType::e4m3 && (p.dtype == DType::bf16 || p.dtype == DType::f16), op,
+              ": q in e4m3 takes keys and values in e4m3 and out in bf16 or fp16");
+    } else {
+        check(p.q_dtype == p.dtype, op, ": out must have the dtype of q");
+    }
     return p;
 }
 
@@ -76,12 +82,13 @@ void check_pages(const AttentionParams& p, int64_t num_pages, int64_t max_pages)
 }
 
 void attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor work_map,
-               Tensor workspace, double scale, bool causal, int64_t window, double soft_cap, Tensor y) {
+               Tensor workspace, double scale, bool causal, int64_t window, double soft_cap, Tensor y,
+               std::optional<Tensor> q_scale, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
     check(k.dim() == 3 && v.dim() == 3 && k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
               k.size(2) == q.size(2),
           "attention: k and v must be [num_keys, num_kv_heads, head_dim]");
     check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-          "attention: q, keys, values and out must share a dtype");
+          "attention: q, keys and values must share a dtype");
     AttentionParams p = common_params("attention", q, k, cu_seqlens_q, work_map, workspace, scale, window, soft_cap, y);
     check(cu_seqlens_k.dim() == 1 && cu_seqlens_k.size(0) == cu_seqlens_q.size(0) &&
               cu_seqlens_k.scalar_type() == cu_seqlens_q.scalar_type(),
@@ -93,6 +100,9 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seql
     p.v_token_stride = v.stride(0);
     p.v_head_stride = v.stride(1);
     p.num_kv_heads = static_cast<int32_t>(k.size(1));
+    p.q_scale = scales_of("attention", "q_scale", q_scale, p.num_kv_heads);
+    p.k_scale = scales_of("attention", "k_scale", k_scale, p.num_kv_heads);
+    p.v_scale = scales_of("attention", "v_scale", v_scale, p.num_kv_heads);
     p.causal = causal;
     if (!q.is_cuda()) {
         check_cumulative("attention", "cu_seqlens_q", p.cu_seqlens_q, p.num_seqs, p.num_tokens);
@@ -103,7 +113,8 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seql
 
 void paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q,
                      Tensor work_map, Tensor workspace, double scale, int64_t window, double soft_cap, Tensor y,
-                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, std::optional<Tensor> tree_mask) {
+                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, std::optional<Tensor> tree_mask,
+                     std::optional<Tensor> q_scale) {
     check(kv_cache.dim() == 5 && kv_cache.size(1) == 2 && kv_cache.size(4) == q.size(2),
           "paged_attention: kv_cache must be [num_pages, 2, num_kv_heads, page_size, head_dim]");
     AttentionParams p =
@@ -118,6 +129,7 @@ void paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_le
     p.page_table_page_stride = page_table.stride(1);
     p.num_kv_heads = static_cast<int32_t>(kv_cache.size(2));
     p.page_size = static_cast<int32_t>(kv_cache.size(3));
+    p.q_scale = scales_of("paged_attention", "q_scale", q_scale, p.num_kv_heads);
     check(p.kv_dtype == p.dtype || size_bytes(p.kv_dtype) == 1,
           "paged_attention: kv_cache must have the dtype of q, or e4m3, e5m2 or int8");
     p.k_scale = scales_of("paged_attention", "k_scale", k_scale, p.num_kv_heads);
@@ -173,11 +185,12 @@ void register_attention(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor work_map, "
-        "Tensor(a!) workspace, float scale, bool causal, int window, float soft_cap, Tensor(b!) out) -> ()");
+        "Tensor(a!) workspace, float scale, bool causal, int window, float soft_cap, Tensor(b!) out, "
+        "Tensor? q_scale=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
     m.def(
         "paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q, "
         "Tensor work_map, Tensor(a!) workspace, float scale, int window, float soft_cap, Tensor(b!) out, "
-        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? tree_mask=None) -> ()");
+        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? tree_mask=None, Tensor? q_scale=None) -> ()");
     m.def(
         "attention_plan(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seq_lens, int num_tokens, "
         "int num_q_heads, int num_kv_heads, int head_dim, int window, bool causal, ScalarType dtype, "

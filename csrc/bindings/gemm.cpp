@@ -106,12 +106,69 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
     p.dtype = dtype_of(x, "x");
     check(dtype_of(y, "out") == p.dtype && (!bias || dtype_of(*bias, "bias") == p.dtype),
           "quantized_linear: bias and out must have the dtype of x");
-    check(!x.is_cuda(), "quantized_linear: there is no kernel for CUDA yet; it runs on the CPU");
+    check(!x.is_cuda(), "quantized_linear: on CUDA weights are repacked first, and are weight_only_linear's");
     if (is_fp8) {
         fp8_linear_cpu(p);
     } else {
         integer_linear_cpu(p);
     }
+}
+
+// tactic: 0 to kNumMatmulTactics - 1, or -1: chosen by shape
+void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
+            std::optional<Tensor> bias, bool constant_weight, int64_t tactic, Tensor workspace, Tensor y) {
+    check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) == y.size(0) &&
+              weight.size(0) == y.size(1),
+          "matmul: x must be [num_tokens, in_size], weight [out_size, in_size] and out [num_tokens, out_size]");
+    MatmulParams p{};
+    p.dtype = dtype_of(x, "x");
+    p.out_dtype = dtype_of(y, "out");
+    check(dtype_of(weight, "weight") == p.dtype && (!bias || dtype_of(*bias, "bias") == p.out_dtype),
+          "matmul: weight must have the dtype of x, and bias that of out");
+    p.num_tokens = x.size(0);
+    p.in_size = x.size(1);
+    p.out_size = weight.size(0);
+    const bool has_scales = p.dtype == DType::e4m3 || p.dtype == DType::i8;
+    check(x_scales.has_value() == has_scales && weight_scales.has_value() == has_scales,
+          "matmul: e4m3 and int8 have scales of x and weight, and other types none");
+    if (has_scales) {
+        check(dtype_of(*x_scales, "x_scales") == DType::f32 &&
+                  dtype_of(*weight_scales, "weight_scales") == DType::f32 && x_scales->is_contiguous() &&
+                  weight_scales->is_contiguous(),
+              "matmul: scales must be contiguous fp32");
+        p.scales = x_scales->dim() == 2 ? MatmulScales::block : MatmulScales::channel;
+        p.num_weight_scales = weight_scales->numel();
+        const int64_t chunks = p.in_size / 128, blocks = (p.out_size + 127) / 128;
+        check(
+            p.scales == MatmulScales::block
+                ? p.in_size % 128 == 0 && x_scales->size(0) == p.num_tokens && x_scales->size(1) == chunks &&
+                      weight_scales->dim() == 2 && weight_scales->size(0) == blocks && weight_scales->size(1) == chunks
+                : x_scales->numel() == p.num_tokens && (p.num_weight_scales == p.out_size || p.num_weight_scales == 1),
+            "matmul: scales must be [num_tokens] and [out_size] or [1], or [num_tokens, in_size / 128] and "
+            "[ceil(out_size / 128), in_size / 128]");
+        p.x_scales = static_cast<const float*>(in(*x_scales));
+        p.weight_scales = static_cast<const float*>(in(*weight_scales));
+    }
+    p.x = in(x);
+    p.weight = in(weight);
+    p.bias = bias ? in(*bias) : nullptr;
+    p.out = out(y);
+    p.workspace = out(workspace);
+    p.x_token_stride = x.stride(0);
+    p.weight_row_stride = weight.stride(0);
+    p.out_token_stride = y.stride(0);
+    p.constant_weight = constant_weight;
+    p.tactic = static_cast<int>(tactic);
+#if FASTKERNELS_WITH_CUDA
+    if (x.is_cuda()) {
+        torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+        check(workspace.numel() * static_cast<int64_t>(workspace.element_size()) >=
+                  matmul_workspace_bytes(matmul_num_sms()),
+              "matmul: workspace must have ", matmul_workspace_bytes(matmul_num_sms()), " bytes");
+        return matmul_cuda(p, stream_of(x));
+    }
+#endif
+    fail("matmul: there is no kernel for the CPU; linear and quantized_linear have one");
 }
 
 void interleave_rows(Tensor rows, Tensor y) {
@@ -124,10 +181,55 @@ void interleave_rows(Tensor rows, Tensor y) {
         {static_cast<const uint8_t*>(in(rows)), static_cast<uint8_t*>(out(y)), rows.size(0), rows.size(1)});
 }
 
+// format: PackedFormat
+void weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, std::optional<Tensor> bias, int64_t format,
+                        int64_t tactic, bool constant_weight, Tensor y) {
+    using torch::headeronly::ScalarType;
+    check(x.dim() == 2 && y.dim() == 2 && row_factors.dim() == 1 && x.size(0) == y.size(0) &&
+              y.size(1) == row_factors.size(0),
+          "weight_only_linear: x must be [num_tokens, in_size], row_factors [out_size] and out [num_tokens, out_size]");
+    check(format >= 0 && format < kNumPackedFormats && x.size(1) <= kQuantizedMaxInSize && x.stride(0) <= (1 << 24),
+          "weight_only_linear: there is no such format, or x has more than ", kQuantizedMaxInSize, " columns");
+    WeightOnlyParams p{};
+    p.format = static_cast<PackedFormat>(format);
+    p.num_tokens = x.size(0);
+    p.in_size = x.size(1);
+    p.out_size = y.size(1);
+    check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+              row_factors.scalar_type() == ScalarType::Float && row_factors.is_contiguous(),
+          "weight_only_linear: packed must be contiguous uint8, and row_factors contiguous fp32");
+#if FASTKERNELS_WITH_CUDA
+    check(packed.numel() == packed_bytes(p.format, p.out_size, p.in_size), "weight_only_linear: packed has ",
+          packed.numel(), " bytes, but this format takes ", packed_bytes(p.format, p.out_size, p.in_size));
+#endif
+    p.x = in(x);
+    p.packed = static_cast<const uint8_t*>(in(packed));
+    p.row_factors = static_cast<const float*>(in(row_factors));
+    p.bias = bias ? in(*bias) : nullptr;
+    p.out = out(y);
+    p.x_token_stride = x.stride(0);
+    p.out_token_stride = y.stride(0);
+    p.tactic = static_cast<int>(tactic);
+    p.constant_weight = constant_weight;
+    p.dtype = dtype_of(x, "x");
+    check(dtype_of(y, "out") == p.dtype && (!bias || dtype_of(*bias, "bias") == p.dtype),
+          "weight_only_linear: bias and out must have the dtype of x");
+#if FASTKERNELS_WITH_CUDA
+    if (x.is_cuda()) {
+        torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+        weight_only_linear_cuda(p, stream_of(x));
+        return;
+    }
+#endif
+    fail("weight_only_linear: the op runs on CUDA only; quantized_linear on the CPU too");
+}
+
 void register_gemm(torch::stable::detail::StableLibrary& m) {
     m.impl("linear", TORCH_BOX(&linear));
+    m.impl("matmul", TORCH_BOX(&matmul));
     m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     m.impl("interleave_rows", TORCH_BOX(&interleave_rows));
+    m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
 }
 
 }  // namespace
@@ -136,9 +238,15 @@ void register_gemm(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool constant_weight, Tensor(a!) out) -> ()");
     m.def(
+        "matmul(Tensor x, Tensor weight, Tensor? x_scales, Tensor? weight_scales, Tensor? bias, bool constant_weight, "
+        "int tactic, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+    m.def(
         "quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? global_scale, Tensor? bias, "
         "int weight_type, int block_rows, int block_size, int activation, bool interleaved, Tensor(a!) out) -> ()");
     m.def("interleave_rows(Tensor rows, Tensor(a!) out) -> ()");
+    m.def(
+        "weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, Tensor? bias, int format, int tactic, "
+        "bool constant_weight, Tensor(a!) out) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_gemm)

@@ -5,15 +5,25 @@
 
 #include <type_traits>
 
+#include "common/byte_scales.h"
 #include "common/vec.cuh"
 
 namespace fastkernels {
 
 template <typename T, int N>
 __device__ __forceinline__ void to_floats(const Vec<T, N>& v, float (&x)[N]) {
+    if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {  // by words: by halves they would take a register each
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(v.data);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        x[i] = to_float(v[i]);
+        for (int i = 0; i < N / 2; ++i) {
+            x[2 * i] = __uint_as_float(words[i] << 16);
+            x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[i] = to_float(v[i]);
+        }
     }
 }
 
@@ -52,17 +62,6 @@ __device__ __forceinline__ void forget(Vec<T, N>& v) {
     }
 }
 
-// 16 bytes that no kernel after this one reads: first to leave the caches.
-template <int N, typename T>
-__device__ __forceinline__ Vec<T, N> load_once(const T* p) {
-    if constexpr (N * sizeof(T) == 16) {
-        const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(p));
-        return *reinterpret_cast<const Vec<T, N>*>(&bits);
-    } else {
-        return load_vec<N>(p);
-    }
-}
-
 // Four bytes of one word: x times inverse_scale, rounded to nearest and even, at most the type's largest value.
 template <typename Byte>
 __device__ __forceinline__ uint32_t quantize_4(const float (&x)[4], float inverse_scale) {
@@ -97,5 +96,38 @@ __device__ __forceinline__ void store_quantized(Byte* p, const float (&x)[N], fl
 
 template <typename Byte>
 inline constexpr float kLargestByte = std::is_same_v<Byte, int8_t> ? 127.0f : 448.0f;
+
+template <int N>
+__device__ __forceinline__ float largest_of(const float (&x)[N]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    return largest;
+}
+
+// largest / kLargestByte, rounded as the division is, at a third of its instructions; at least kLeastScale.
+template <typename Byte>
+__device__ __forceinline__ float byte_scale_of(float largest) {
+    constexpr float kInverse = 1.0f / kLargestByte<Byte>;
+    const float near = largest * kInverse;
+    const float exact = fmaf(fmaf(-kLargestByte<Byte>, near, largest), kInverse, near);
+    return near < __int_as_float(0x7f800000) ? fmaxf(exact, kLeastScale) : near;  // infinity stays itself
+}
+
+// The scale of kScaleBlock elements, N in each of so many neighbouring lanes, which all call it.
+template <typename Byte, int N>
+__device__ __forceinline__ float block_scale(const float (&x)[N]) {
+    constexpr int kLanes = kScaleBlock / N;
+    static_assert(kLanes == 16 || kLanes == 32);
+    const unsigned lanes = kLanes == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16);
+    float largest = largest_of(x);
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, offset));
+    }
+    return byte_scale_of<Byte>(largest);
+}
 
 }  // namespace fastkernels

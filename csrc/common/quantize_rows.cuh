@@ -2,10 +2,11 @@
 //
 //   out  [num_tokens, size] e4m3 | int8     scales  as byte_scales.h says, row-major
 //
-// A Source makes the floats: source.load(token, at, x) fills x with kVecElements<T> of them from column `at` on. One
-// scale for all, or one for each kScaleBlock: a thread owns one piece of a row, and the lanes of a block of it share
-// their maximum. A scale a token: a block of threads owns a row, keeps kQuantizePieces pieces a thread as floats and
-// makes those beyond a second time.
+// A Source makes the floats: source.read(token, at) loads the Raw of kVecElements<T> of them from column `at` on,
+// source.compute(raw, x) makes them. One scale for all, or one for each kScaleBlock: a thread owns kPieces pieces of a
+// row, and the lanes of a block of it share their maximum. A scale a token: a block of threads owns a row and keeps
+// kPieces pieces a thread, as floats where they cost more than a conversion; those beyond are made twice.
+// Pieces past the end are zeros, so that all but loads and stores is one run of instructions.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "common/convert.cuh"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
+#include "common/ptx/rcp.cuh"
 #include "common/reduce.cuh"
 
 namespace fastkernels {
@@ -25,69 +27,65 @@ struct ByteRows {
     ByteScales bytes;
 };
 
-inline constexpr int kQuantizePieceThreads = 256, kQuantizeRowThreads = 512, kQuantizePieces = 4;
+inline constexpr int kQuantizePieceThreads = 256, kQuantizePairThreads = 128;  // with one piece a thread, with two
+inline constexpr int kQuantizeManyPieces = 8192;                               // of an SM
+inline constexpr int kQuantizeShortRow = 128 * 4;                              // pieces of four a thread
 
-template <int kVec>
-__device__ __forceinline__ float largest_of(const float (&x)[kVec]) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        largest = fmaxf(largest, fabsf(x[i]));
-    }
-    return largest;
-}
-
-template <typename T, typename Byte, typename Source>
-__global__ void __launch_bounds__(kQuantizePieceThreads)
+template <typename T, typename Byte, typename Source, int kThreads, int kPieces>
+__global__ void __launch_bounds__(kThreads)
     quantize_pieces_kernel(const Source source, const ByteRows rows, unsigned blocks_per_token) {
     constexpr int kVec = kVecElements<T>, kLanes = kScaleBlock / kVec;
-    const unsigned token = blockIdx.x / blocks_per_token;
-    const int at = static_cast<int>((blockIdx.x - token * blocks_per_token) * blockDim.x + threadIdx.x) * kVec;
+    const unsigned token = blockIdx.x / blocks_per_token, block = blockIdx.x - token * blocks_per_token;
+    const int size = static_cast<int>(rows.size), step = blockDim.x * kVec;
+    const int first = static_cast<int>(block * blockDim.x * kPieces + threadIdx.x) * kVec;
     pdl_launch_dependents();
     pdl_wait();
-    if (at >= rows.size) {  // whole blocks of kScaleBlock
-        return;
-    }
-    float x[kVec], inverse_scale;
-    source.load(token, at, x);
-    if (rows.bytes.kind == ScaleKind::tensor) {
-        inverse_scale = 1.0f / *rows.bytes.scales;
-    } else {
-        float largest = largest_of(x);
-        const unsigned lanes = kLanes == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16);
+    typename Source::Raw raw[kPieces];
 #pragma unroll
-        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, offset));
+    for (int j = 0; j < kPieces; ++j) {
+        raw[j] = first + j * step < size ? source.read(token, first + j * step) : typename Source::Raw{};
+    }
+    const float given = rows.bytes.kind == ScaleKind::tensor ? 1.0f / *rows.bytes.scales : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        const int at = first + j * step;
+        float x[kVec], inverse_scale = given;
+        source.compute(raw[j], x);
+        if (rows.bytes.kind == ScaleKind::block) {
+            const float scale = block_scale<Byte>(x);
+            inverse_scale = rcp_approx(scale);
+            if (at < size && threadIdx.x % kLanes == 0) {
+                rows.bytes.scales[token * (size / kScaleBlock) + at / kScaleBlock] = scale;
+            }
         }
-        const float scale = fmaxf(largest / kLargestByte<Byte>, kLeastScale);
-        inverse_scale = 1.0f / scale;
-        if (threadIdx.x % kLanes == 0) {
-            rows.bytes.scales[token * (rows.size / kScaleBlock) + at / kScaleBlock] = scale;
+        if (at < size) {
+            store_quantized(static_cast<Byte*>(rows.out) + token * rows.token_stride + at, x, inverse_scale);
         }
     }
-    store_quantized(static_cast<Byte*>(rows.out) + token * rows.token_stride + at, x, inverse_scale);
 }
 
-template <typename T, typename Byte, typename Source>
-__global__ void __launch_bounds__(kQuantizeRowThreads) quantize_rows_kernel(const Source source, const ByteRows rows) {
+template <typename T, typename Byte, typename Source, int kThreads, int kPieces, int kMinBlocks>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) quantize_rows_kernel(const Source source, const ByteRows rows) {
     constexpr int kVec = kVecElements<T>;
-    __shared__ float scratch[kQuantizeRowThreads / 32];
-    const unsigned token = blockIdx.x;
+    __shared__ float scratch[kThreads / 32];
     const int size = static_cast<int>(rows.size), step = blockDim.x * kVec, first = threadIdx.x * kVec;
-    Byte* out = static_cast<Byte*>(rows.out) + token * rows.token_stride;
     pdl_launch_dependents();
     pdl_wait();
-    float kept[kQuantizePieces][kVec], largest = 0.0f;
+    typename Source::Raw raw[kPieces];
+    float kept[Source::kKeepsFloats ? kPieces : 1][kVec], largest = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kQuantizePieces; ++j) {
-        if (first + j * step < size) {
-            source.load(token, first + j * step, kept[j]);
-            largest = fmaxf(largest, largest_of(kept[j]));
-        }
+    for (int j = 0; j < kPieces; ++j) {
+        raw[j] = first + j * step < size ? source.read(blockIdx.x, first + j * step) : typename Source::Raw{};
     }
-    for (int at = first + kQuantizePieces * step; at < size; at += step) {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        auto& x = kept[Source::kKeepsFloats ? j : 0];
+        source.compute(raw[j], x);
+        largest = fmaxf(largest, largest_of(x));
+    }
+    for (int at = first + kPieces * step; at < size; at += step) {
         float x[kVec];
-        source.load(token, at, x);
+        source.compute(source.read(blockIdx.x, at), x);
         largest = fmaxf(largest, largest_of(x));
     }
     largest = warp_max(largest);
@@ -95,22 +93,29 @@ __global__ void __launch_bounds__(kQuantizeRowThreads) quantize_rows_kernel(cons
         scratch[threadIdx.x / 32] = largest;
     }
     __syncthreads();
+#pragma unroll 4
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
         largest = fmaxf(largest, scratch[warp]);
     }
-    const float scale = fmaxf(largest / kLargestByte<Byte>, kLeastScale), inverse_scale = 1.0f / scale;
+    const float scale = byte_scale_of<Byte>(largest), inverse_scale = 1.0f / scale;
     if (threadIdx.x == 0) {
-        rows.bytes.scales[token] = scale;
+        rows.bytes.scales[blockIdx.x] = scale;
     }
+    Byte* out = static_cast<Byte*>(rows.out) + blockIdx.x * rows.token_stride;
 #pragma unroll
-    for (int j = 0; j < kQuantizePieces; ++j) {
+    for (int j = 0; j < kPieces; ++j) {
+        auto& x = kept[Source::kKeepsFloats ? j : 0];
+        if constexpr (!Source::kKeepsFloats) {
+            forget(raw[j]);
+            source.compute(raw[j], x);
+        }
         if (first + j * step < size) {
-            store_quantized(out + first + j * step, kept[j], inverse_scale);
+            store_quantized(out + first + j * step, x, inverse_scale);
         }
     }
-    for (int at = first + kQuantizePieces * step; at < size; at += step) {
+    for (int at = first + kPieces * step; at < size; at += step) {
         float x[kVec];
-        source.load(token, at, x);
+        source.compute(source.read(blockIdx.x, at), x);
         store_quantized(out + at, x, inverse_scale);
     }
 }
@@ -131,20 +136,37 @@ void launch_quantize(const char* op, const Source& source, uintptr_t addresses, 
     const auto run = [&]<typename Byte>() {
         const int64_t pieces = rows.size / kVec;
         if (rows.bytes.kind == ScaleKind::token) {
-            const int64_t wanted = (pieces + 32 * kQuantizePieces - 1) / (32 * kQuantizePieces) * 32;
-            const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kQuantizeRowThreads));
-            launch(quantize_rows_kernel<T, Byte, Source>,
-                   {.grid = dim3(static_cast<unsigned>(rows.num_tokens)), .block = dim3(threads), .pdl = true}, stream,
-                   source, rows);
-        } else {
+            const auto launch_rows = [&]<int kThreads, int kPieces, int kMinBlocks>() {
+                const int64_t wanted = (pieces + 32 * kPieces - 1) / (32 * kPieces) * 32;
+                const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads));
+                launch(quantize_rows_kernel<T, Byte, Source, kThreads, kPieces, kMinBlocks>,
+                       {.grid = dim3(static_cast<unsigned>(rows.num_tokens)), .block = dim3(threads), .pdl = true},
+                       stream, source, rows);
+            };
+            if constexpr (Source::kKeepsFloats) {
+                launch_rows.template operator()<448, 4, 2>();
+            } else if (pieces <= kQuantizeShortRow) {
+                launch_rows.template operator()<128, 4, 8>();
+            } else {
+                launch_rows.template operator()<256, 7, 3>();
+            }
+            return;
+        }
+        const auto launch_pieces = [&]<int kThreads, int kPieces>() {
             const int64_t warps = (rows.num_tokens * pieces / num_sms() + 31) / 32;
-            const auto threads = static_cast<unsigned>(std::clamp<int64_t>(warps * 32, 32, kQuantizePieceThreads));
-            const auto blocks_per_token = static_cast<unsigned>((pieces + threads - 1) / threads);
-            launch(quantize_pieces_kernel<T, Byte, Source>,
+            const auto threads = static_cast<unsigned>(std::clamp<int64_t>(warps * 32, 32, kThreads));
+            const auto blocks_per_token = static_cast<unsigned>((pieces + threads * kPieces - 1) / (threads * kPieces));
+            launch(quantize_pieces_kernel<T, Byte, Source, kThreads, kPieces>,
                    {.grid = dim3(static_cast<unsigned>(rows.num_tokens) * blocks_per_token),
                     .block = dim3(threads),
                     .pdl = true},
                    stream, source, rows, blocks_per_token);
+        };
+        // Two pieces a thread once there are blocks enough for the GPU to be full of them many times.
+        if (rows.num_tokens * pieces > int64_t{num_sms()} * kQuantizeManyPieces) {
+            launch_pieces.template operator()<kQuantizePairThreads, 2>();
+        } else {
+            launch_pieces.template operator()<kQuantizePieceThreads, 1>();
         }
     };
     if (rows.bytes.type == ByteType::e4m3) {

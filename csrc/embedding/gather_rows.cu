@@ -4,43 +4,47 @@
 //   out   [num_indices, row_size]
 //
 // A thread owns kUnits units of 16 bytes (or one element each where the addresses are odd) of one output row, all in
-// flight at once; a row is spread over as many blocks as it fills. Bytes: 2 * row_size * sizeof(element) an index.
+// flight at once; a row is spread over as many blocks as it fills. Before pdl_wait() the index is brought to L2.
+// Bytes: 2 * row_size * sizeof(element) an index.
 #include <algorithm>
 
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
+#include "common/ptx/prefetch.cuh"
 #include "common/vec.cuh"
 #include "fastkernels/embedding.h"
 
 namespace fastkernels {
 namespace {
 
-constexpr int kMaxThreads = 256;
-constexpr int kUnits = 4;
+constexpr int kMaxThreads = 128;
+constexpr int kUnits = 2;
 
 // Sizes and strides of p are in Units here, as the launcher rescaled them.
 template <typename Unit, typename Index>
 __global__ void __launch_bounds__(kMaxThreads) gather_rows_kernel(const GatherRowsParams p, unsigned blocks_per_row) {
     const unsigned i = blockIdx.x / blocks_per_row;
-    const int first = (blockIdx.x - i * blocks_per_row) * blockDim.x * kUnits + threadIdx.x;
-    const int row_size = static_cast<int>(p.row_size);
+    const unsigned first = (blockIdx.x - i * blocks_per_row) * blockDim.x * kUnits + threadIdx.x;
+    const unsigned row_size = static_cast<unsigned>(p.row_size);
+    const Index* indices = static_cast<const Index*>(p.indices) + i;
+    Unit* out = static_cast<Unit*>(p.out) + i * p.out_stride + first;
+    if (threadIdx.x == 0) {
+        prefetch_l2(indices);
+    }
     pdl_launch_dependents();
     pdl_wait();
-    const int64_t index = static_cast<const Index*>(p.indices)[i];
+    const int64_t index = *indices;
     const bool inside = index >= 0 && index < p.num_rows;
-    const Unit* row = static_cast<const Unit*>(p.rows) + (inside ? index : 0) * p.row_stride;
-    Unit* out = static_cast<Unit*>(p.out) + i * p.out_stride;
+    const Unit* row = static_cast<const Unit*>(p.rows) + (inside ? index : 0) * p.row_stride + first;
     Unit units[kUnits];
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-        const int unit = first + j * static_cast<int>(blockDim.x);
-        units[j] = inside && unit < row_size ? row[unit] : Unit{};
+        units[j] = inside && first + j * blockDim.x < row_size ? row[j * blockDim.x] : Unit{};
     }
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-        const int unit = first + j * static_cast<int>(blockDim.x);
-        if (unit < row_size) {
-            out[unit] = units[j];
+        if (first + j * blockDim.x < row_size) {
+            out[j * blockDim.x] = units[j];
         }
     }
 }

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(const AppendKvParam
     const int64_t token = blockIdx.x / blocks_per_token;
     const unsigned unit = blockIdx.x % blocks_per_token * blockDim.x + threadIdx.x;
     const unsigned units = static_cast<unsigned>(p.num_kv_heads) * p.head_dim;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (unit >= 2 * units) {
         return;
     }
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads) append_bytes_kernel(const AppendKvPa
     const int64_t token = blockIdx.x / blocks_per_token;
     const unsigned unit = blockIdx.x % blocks_per_token * blockDim.x + threadIdx.x;
     const unsigned units_per_head = p.head_dim / kVec, units = p.num_kv_heads * units_per_head;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (unit >= 2 * units) {
         return;
     }

@@ -3,18 +3,20 @@
 //   x, residual  [num_tokens, num_heads, size] bf16 | fp16 | fp32     weight, bias  [size]
 //   out          like x; e4m3 or int8 with scales of the *_quant ops (common/byte_scales.h)
 //
-// blockDim.x threads own one row: a block a long row, and for rows of at most 32 threads several rows a block
-// (blockDim.y). A thread owns kPieces pieces of kVec elements (16 bytes, or one element where the addresses are odd),
-// all loaded, with their weights, before the first use and kept in registers; pieces beyond are read again. Sums cost
-// one barrier. Before pdl_wait() block 0 brings the weight to L2. The shape of a block follows from size alone, so a
-// row's result does not depend on its batch. Bytes: (2, with a residual 4) * size * sizeof(T) a row; the weight stays
-// in L1 and L2.
+// A block of kThreads owns one row, or, where a row has at most 32 pieces (kThreads 0), blockDim.x threads own one of
+// the block's blockDim.y. A thread owns kPieces pieces of kVec elements (16 bytes, or one element where the addresses
+// are odd), all loaded, with their weights, before the first use and kept in registers; pieces beyond, which rows past
+// kNormMaxThreads * kNormPieces have, are read again. Pieces past the end are zeros, so that all but loads and stores
+// is one run of instructions. Sums cost one barrier. Before pdl_wait() block 0 brings the weight to L2. The shape of a
+// block follows from size alone, so a row's result does not depend on its batch. Bytes: (2, with a residual 4) * size *
+// sizeof(T) a row; the weight stays in L1 and L2.
 #pragma once
 
 #include "common/convert.cuh"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/prefetch.cuh"
+#include "common/ptx/rcp.cuh"
 #include "common/reduce.cuh"
 #include "fastkernels/norm.h"
 
@@ -24,41 +26,56 @@ enum class NormKind { rms, add_rms, layer };
 
 inline constexpr int kNormMaxThreads = 512;
 inline constexpr int kNormPieces = 4;
+inline constexpr int kNormShortThreads = 128;  // of the block where several rows share it
 
-// reduce(x, y) over the blockDim.x threads of a row, a power of two up to 32 or a multiple of 32. Every scratch of a
-// kernel serves one call.
-template <typename Op>
-__device__ __forceinline__ float row_reduce(float x, float* scratch, Op op) {
-    if (blockDim.x <= 32) {
-        for (int offset = blockDim.x / 2; offset > 0; offset /= 2) {
-            x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
-        }
-        return x;
-    }
-    x = warp_reduce(x, op);
-    const int num_warps = blockDim.x / 32;
-    if (threadIdx.x % 32 == 0) {
-        scratch[threadIdx.x / 32] = x;
-    }
-    __syncthreads();
-    x = scratch[0];
-#pragma unroll 4
-    for (int warp = 1; warp < num_warps; ++warp) {
-        x = op(x, scratch[warp]);
-    }
-    return x;
-}
+// Threads of an SM that the registers are to leave room for, where a row is so short that its block is small.
+template <NormKind kKind, typename Out>
+inline constexpr int kNormThreadsPerSm = kKind == NormKind::layer                         ? 768
+                                         : kKind == NormKind::add_rms && sizeof(Out) == 1 ? 896
+                                                                                          : 1024;
+
+template <NormKind kKind, typename Out, int kThreads>
+inline constexpr int kNormMinBlocks =
+    kThreads == 0 || kThreads == kNormMaxThreads ? 1 : kNormThreadsPerSm<kKind, Out> / kThreads;
 
 __device__ __forceinline__ float add(float a, float b) {
     return a + b;
 }
 
-template <NormKind kKind, typename T, typename Out, int kVec, int kPieces>
-__global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const NormParams p) {
+// reduce(x, y) over the lanes of a row in a warp: 32, or the blockDim.x of a short row, a power of two.
+template <int kThreads, typename Op>
+__device__ __forceinline__ float lanes_reduce(float x, Op op) {
+    if constexpr (kThreads > 0) {
+        return warp_reduce(x, op);
+    } else {
+        for (int offset = blockDim.x / 2; offset > 0; offset /= 2) {
+            x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
+        }
+        return x;
+    }
+}
+
+// How many of a row's pieces the threads of a warp own.
+template <int kThreads>
+__device__ __forceinline__ int pieces_of_warp(int warp, int num_pieces) {
+    if constexpr (kThreads == 0) {
+        return num_pieces;
+    } else {
+        const int rounds = num_pieces / kThreads;
+        return 32 * rounds + min(max(num_pieces - rounds * kThreads - 32 * warp, 0), 32);
+    }
+}
+
+template <NormKind kKind, typename T, typename Out, int kVec, int kThreads>
+__global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, kNormMinBlocks<kKind, Out, kThreads>)
+    row_norm_kernel(const NormParams p) {
     using Piece = Vec<T, kVec>;
-    constexpr bool kQuantized = sizeof(Out) == 1;
-    __shared__ float scratch[2][kNormMaxThreads / 32];
-    const unsigned row = blockIdx.x * blockDim.y + threadIdx.y;
+    constexpr bool kQuantized = sizeof(Out) == 1, kLayer = kKind == NormKind::layer;
+    constexpr int kPieces = kThreads > 0 ? kNormPieces : 1, kWarps = kThreads > 32 ? kThreads / 32 : 1;
+    constexpr bool kHasRest = kThreads == kNormMaxThreads;
+    __shared__ float scratch[2][kWarps];  // the warps' sums; their means, or largest elements
+    const int threads = kThreads > 0 ? kThreads : static_cast<int>(blockDim.x), first = threadIdx.x;
+    const unsigned row = kThreads > 0 ? blockIdx.x : blockIdx.x * blockDim.y + threadIdx.y;
     const unsigned num_heads = static_cast<unsigned>(p.num_heads);
     const unsigned token = num_heads == 1 ? row : row / num_heads, head = row - token * num_heads;
     // The rows past the end of the last block have no pieces, but take part in the sums of their warp.
@@ -71,10 +88,9 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const Norm
 
     if (blockIdx.x == 0) {
         constexpr int kLine = 128 / sizeof(T);
-        for (int i = (threadIdx.y * blockDim.x + threadIdx.x) * kLine; i < p.size;
-             i += blockDim.x * blockDim.y * kLine) {
+        for (int i = (threadIdx.y * threads + first) * kLine; i < p.size; i += threads * blockDim.y * kLine) {
             prefetch_l2(weight + i);
-            if (kKind == NormKind::layer && bias != nullptr) {
+            if (kLayer && bias != nullptr) {
                 prefetch_l2(bias + i);
             }
         }
@@ -82,26 +98,27 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const Norm
     pdl_launch_dependents();
     pdl_wait();
 
-    // f(piece, j) of the pieces kept, f(piece) of those beyond.
-    const auto for_kept = [&](auto f) {
+    const auto piece_of = [&](int j) { return first + j * threads; };
+    const auto exists = [&](int j) { return piece_of(j) < num_pieces; };
+    const auto load_kept = [&](const T* from, Piece(&pieces)[kPieces]) {
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) {
-            const int piece = threadIdx.x + j * blockDim.x;
-            if (piece < num_pieces) {
-                f(piece, j);
-            }
+            pieces[j] = exists(j) ? load_vec<kVec>(from + piece_of(j) * kVec) : Piece{};
         }
     };
+    // f(piece) of the pieces beyond those kept.
     const auto for_rest = [&](auto f) {
-        for (int piece = threadIdx.x + kPieces * blockDim.x; piece < num_pieces; piece += blockDim.x) {
-            f(piece);
+        if constexpr (kHasRest) {
+            for (int piece = piece_of(kPieces); piece < num_pieces; piece += threads) {
+                f(piece);
+            }
         }
     };
 
     // What is normalised: the row of x, or the residual with it added.
-    Piece kept[kPieces], weights[kPieces], biases[kKind == NormKind::layer ? kPieces : 1];
-    for_kept([&](int piece, int j) { kept[j] = load_once<kVec>(x + piece * kVec); });
-    const auto added = [&](const Piece& v, const Piece& r, int piece) {
+    Piece kept[kPieces], weights[kPieces], biases[kLayer ? kPieces : 1];
+    load_kept(x, kept);
+    const auto added = [&](const Piece& v, const Piece& r) {
         float a[kVec], b[kVec];
         to_floats(v, a);
         to_floats(r, b);
@@ -109,33 +126,43 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const Norm
         for (int i = 0; i < kVec; ++i) {
             a[i] += b[i];
         }
-        const Piece sum = from_floats<T>(a);
-        store_vec(residual + piece * kVec, sum);
-        return sum;
+        return from_floats<T>(a);
     };
     if constexpr (kKind == NormKind::add_rms) {
         Piece residuals[kPieces];
-        for_kept([&](int piece, int j) { residuals[j] = load_vec<kVec>(residual + piece * kVec); });
-        for_kept([&](int piece, int j) { weights[j] = load_vec<kVec>(weight + piece * kVec); });
-        for_kept([&](int piece, int j) { kept[j] = added(kept[j], residuals[j], piece); });
+        load_kept(residual, residuals);
+        load_kept(weight, weights);
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+            kept[j] = added(kept[j], residuals[j]);
+            if (exists(j)) {
+                store_vec(residual + piece_of(j) * kVec, kept[j]);
+            }
+        }
     } else {
-        for_kept([&](int piece, int j) { weights[j] = load_vec<kVec>(weight + piece * kVec); });
-        if (kKind == NormKind::layer && bias != nullptr) {
-            for_kept([&](int piece, int j) { biases[j] = load_vec<kVec>(bias + piece * kVec); });
+        load_kept(weight, weights);
+        if constexpr (kLayer) {
+            if (bias != nullptr) {
+                load_kept(bias, biases);
+            }
         }
     }
-    const auto first_load = [&](int piece) {
-        const Piece v = load_vec<kVec>(x + piece * kVec);
-        return kKind == NormKind::add_rms ? added(v, load_vec<kVec>(residual + piece * kVec), piece) : v;
+    // Without this, here and below, the row would be kept as fp32 too: twice the registers, half the rows in flight.
+    const auto forget_all = [](auto& pieces) {
+#pragma unroll
+        for (auto& piece : pieces) {
+            forget(piece);
+        }
     };
+    forget_all(kept);
     const auto load = [&](int piece) {
         return load_vec<kVec>((kKind == NormKind::add_rms ? residual : x) + piece * kVec);
     };
 
-    // Sums. The variance of layer_norm takes a pass of its own: mean(x^2) - mean(x)^2 would cancel.
+    // Sums. The squares of layer_norm are taken about the mean of the warp's part: mean(x^2) - mean(x)^2 would cancel.
     const float count = static_cast<float>(p.size);
     float mean = 0.0f, sum = 0.0f, largest = 0.0f;
-    if constexpr (kKind == NormKind::layer) {
+    if constexpr (kLayer) {
         const auto add_up = [&](const Piece& v) {
             float a[kVec];
             to_floats(v, a);
@@ -144,130 +171,170 @@ __global__ void __launch_bounds__(kNormMaxThreads, 1) row_norm_kernel(const Norm
                 mean += a[i];
             }
         };
-        for_kept([&](int, int j) { add_up(kept[j]); });
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+            add_up(kept[j]);
+        }
         for_rest([&](int piece) { add_up(load(piece)); });
-        mean = row_reduce(mean, scratch[1], add) / count;
+        const int own = kVec * pieces_of_warp<kThreads>(first / 32, num_pieces);
+        mean = lanes_reduce<kThreads>(mean, add) / static_cast<float>(max(1, own));
+        forget_all(kept);
     }
-    if constexpr (kKind == NormKind::layer) {
-        for_kept([&](int, int j) { forget(kept[j]); });
-    }
-    const auto add_squares = [&](const Piece& v, const Piece& w) {
+    const auto add_squares = [&](const Piece& v, const Piece& w, float about) {
         float a[kVec], b[kVec];
         to_floats(v, a);
         to_floats(w, b);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-            a[i] -= kKind == NormKind::layer ? mean : 0.0f;
+            a[i] -= about;
             sum = fmaf(a[i], a[i], sum);
             if constexpr (kQuantized) {
                 largest = fmaxf(largest, fabsf(a[i] * b[i]));
             }
         }
     };
-    for_kept([&](int, int j) { add_squares(kept[j], weights[j]); });
-    if constexpr (kQuantized) {
-        for_kept([&](int, int j) { forget(weights[j]); });
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        add_squares(kept[j], weights[j], kLayer && exists(j) ? mean : 0.0f);
     }
     for_rest([&](int piece) {
-        add_squares(kKind == NormKind::layer ? load(piece) : first_load(piece), load_vec<kVec>(weight + piece * kVec));
+        Piece v = load_vec<kVec>(x + piece * kVec);
+        if constexpr (kKind == NormKind::add_rms) {
+            v = added(v, load_vec<kVec>(residual + piece * kVec));
+            store_vec(residual + piece * kVec, v);
+        }
+        add_squares(v, load_vec<kVec>(weight + piece * kVec), kLayer ? mean : 0.0f);
     });
+    sum = lanes_reduce<kThreads>(sum, add);
+    if constexpr (kQuantized) {
+        if (p.bytes.kind == ScaleKind::token) {
+            largest = lanes_reduce<kThreads>(largest, fmaxf);
+        }
+    }
+    if constexpr (kWarps > 1) {
+        if (first % 32 == 0) {
+            scratch[0][first / 32] = sum;
+            scratch[1][first / 32] = kLayer ? mean : largest;
+        }
+        __syncthreads();
+        sum = 0.0f;
+        if constexpr (kLayer) {  // from the warps' means and squares about them to the row's
+            float total = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < kWarps; ++warp) {
+                total = fmaf(static_cast<float>(pieces_of_warp<kThreads>(warp, num_pieces)), scratch[1][warp], total);
+            }
+            mean = total / static_cast<float>(num_pieces);
+#pragma unroll
+            for (int warp = 0; warp < kWarps; ++warp) {
+                const float apart = scratch[1][warp] - mean;
+                const int elements = kVec * pieces_of_warp<kThreads>(warp, num_pieces);
+                sum += fmaf(static_cast<float>(elements), apart * apart, scratch[0][warp]);
+            }
+        } else {
+#pragma unroll
+            for (int warp = 0; warp < kWarps; ++warp) {
+                sum += scratch[0][warp];
+                largest = fmaxf(largest, scratch[1][warp]);
+            }
+        }
+    }
+    const float scale = rsqrtf(sum / count + p.eps);
     float inverse_scale = 0.0f;
     if constexpr (kQuantized) {
         if (p.bytes.kind == ScaleKind::token) {
-            largest = warp_reduce(largest, fmaxf);
-            if (blockDim.x > 32 && threadIdx.x % 32 == 0) {
-                scratch[1][threadIdx.x / 32] = largest;  // row_reduce's barrier is before it is read
+            const float byte_scale = byte_scale_of<Out>(largest * scale);
+            inverse_scale = 1.0f / byte_scale;
+            if (first == 0 && num_pieces > 0) {
+                p.bytes.scales[row] = byte_scale;
             }
         } else if (p.bytes.kind == ScaleKind::tensor) {
             inverse_scale = 1.0f / *p.bytes.scales;
         }
     }
-    const float scale = rsqrtf(row_reduce(sum, scratch[0], add) / count + p.eps);
-    if constexpr (kQuantized) {
-        if (p.bytes.kind == ScaleKind::token) {
-            for (int warp = 0; warp < blockDim.x / 32 && blockDim.x > 32; ++warp) {
-                largest = fmaxf(largest, scratch[1][warp]);
-            }
-            const float byte_scale = fmaxf(largest * scale / kLargestByte<Out>, kLeastScale);
-            inverse_scale = 1.0f / byte_scale;
-            if (threadIdx.x == 0 && num_pieces > 0) {
-                p.bytes.scales[row] = byte_scale;
-            }
-        }
-    }
 
-    // Write. Without this the row would be kept as fp32 too: twice the registers, half the rows in flight.
-    for_kept([&](int, int j) { forget(kept[j]); });
-    const auto write = [&](int piece, const Piece& v, const Piece& w, const Piece& b) {
-        float a[kVec], c[kVec], d[kVec];
-        to_floats(v, a);
+    forget_all(kept);
+    forget_all(weights);
+    if constexpr (kLayer) {
+        forget_all(biases);
+    }
+    const auto normalise = [&](const Piece& v, const Piece& w, const Piece& b, float (&y)[kVec]) {
+        float c[kVec], d[kVec];
+        to_floats(v, y);
         to_floats(w, c);
-        if (kKind == NormKind::layer && bias != nullptr) {
-            to_floats(b, d);
-        }
+        to_floats(b, d);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-            a[i] = (a[i] - (kKind == NormKind::layer ? mean : 0.0f)) * scale * c[i];
-            a[i] = kKind == NormKind::layer && bias != nullptr ? a[i] + d[i] : a[i];
+            y[i] = (kLayer ? y[i] - mean : y[i]) * scale * c[i];
+            if (kLayer && bias != nullptr) {
+                y[i] += d[i];
+            }
         }
+    };
+    const auto write = [&](int piece, bool is_there, const float (&y)[kVec]) {
         if constexpr (kQuantized) {
+            float inverse = inverse_scale;
             if (p.bytes.kind == ScaleKind::block) {
-                // A block is the pieces of kScaleBlock / kVec neighbouring lanes.
+                const float byte_scale = block_scale<Out>(y);
+                inverse = rcp_approx(byte_scale);
                 constexpr int kLanes = kScaleBlock / kVec;
-                float most = 0.0f;
-#pragma unroll
-                for (int i = 0; i < kVec; ++i) {
-                    most = fmaxf(most, fabsf(a[i]));
-                }
-                const unsigned lanes = kLanes == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16);
-#pragma unroll
-                for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-                    most = fmaxf(most, __shfl_xor_sync(lanes, most, offset));
-                }
-                const float byte_scale = fmaxf(most / kLargestByte<Out>, kLeastScale);
-                inverse_scale = 1.0f / byte_scale;
-                if (piece % kLanes == 0) {
+                if (is_there && piece % kLanes == 0) {
                     p.bytes.scales[row * (p.size / kScaleBlock) + piece / kLanes] = byte_scale;
                 }
             }
-            store_quantized(out + piece * kVec, a, inverse_scale);
-        } else {
-            store_vec(out + piece * kVec, from_floats<T>(a));
+            if (is_there) {
+                store_quantized(out + piece * kVec, y, inverse);
+            }
+        } else if (is_there) {
+            store_vec(out + piece * kVec, from_floats<T>(y));
         }
     };
-    for_kept([&](int piece, int j) { write(piece, kept[j], weights[j], biases[kKind == NormKind::layer ? j : 0]); });
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        float y[kVec];
+        normalise(kept[j], weights[j], biases[kLayer ? j : 0], y);
+        write(piece_of(j), exists(j), y);
+    }
     for_rest([&](int piece) {
-        Piece b;
-        if (kKind == NormKind::layer && bias != nullptr) {
+        Piece b{};
+        if (kLayer && bias != nullptr) {
             b = load_vec<kVec>(bias + piece * kVec);
         }
-        write(piece, load(piece), load_vec<kVec>(weight + piece * kVec), b);
+        float y[kVec];
+        normalise(load(piece), load_vec<kVec>(weight + piece * kVec), b, y);
+        write(piece, true, y);
     });
 }
 
 template <NormKind kKind, typename T, typename Out, int kVec>
 void launch_rows(const NormParams& p, void* stream) {
-    // A short row takes a power of two of threads, so that a sum stays inside its part of a warp, and shares a block of
-    // 128 with others; a quantised one takes a warp.
     const int64_t pieces = p.size / kVec, rows = p.num_tokens * p.num_heads;
-    const bool one_piece = pieces <= 32;
-    unsigned threads = 32;
-    if (one_piece) {
+    if (pieces <= 32) {
+        // A power of two of threads, so that a sum stays inside its part of a warp; a quantised row takes a warp.
+        unsigned threads = 32;
         while (sizeof(Out) > 1 && threads / 2 >= pieces) {
             threads /= 2;
         }
-    } else {
-        const int64_t wanted = (pieces + 32 * kNormPieces - 1) / (32 * kNormPieces) * 32;
-        threads = static_cast<unsigned>(wanted < kNormMaxThreads ? wanted : kNormMaxThreads);
+        const unsigned rows_per_block = kNormShortThreads / threads;
+        launch(row_norm_kernel<kKind, T, Out, kVec, 0>,
+               {.grid = dim3(static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block)),
+                .block = dim3(threads, rows_per_block),
+                .pdl = true},
+               stream, p);
+        return;
     }
-    const unsigned rows_per_block = threads <= 32 ? 128 / threads : 1;
-    const LaunchConfig config{.grid = dim3(static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block)),
-                              .block = dim3(threads, rows_per_block),
-                              .pdl = true};
-    if (one_piece) {
-        launch(row_norm_kernel<kKind, T, Out, kVec, 1>, config, stream, p);
+    const auto run = [&]<int kThreads>() {
+        launch(row_norm_kernel<kKind, T, Out, kVec, kThreads>,
+               {.grid = dim3(static_cast<unsigned>(rows)), .block = dim3(kThreads), .pdl = true}, stream, p);
+    };
+    if (kVec > 1 && pieces <= 64 * kNormPieces) {
+        run.template operator()<64>();
+    } else if (kVec > 1 && pieces <= 128 * kNormPieces) {
+        run.template operator()<128>();
+    } else if (kVec > 1 && pieces <= 256 * kNormPieces) {
+        run.template operator()<256>();
     } else {
-        launch(row_norm_kernel<kKind, T, Out, kVec, kNormPieces>, config, stream, p);
+        run.template operator()<kNormMaxThreads>();
     }
 }
 

@@ -11,9 +11,14 @@ struct Plain {
     const T* x;
     int64_t token_stride;
 
-    template <int kVec>
-    __device__ __forceinline__ void load(unsigned token, int at, float (&y)[kVec]) const {
-        to_floats(load_vec<kVec>(x + token * token_stride + at), y);
+    using Raw = Vec<T, kVecElements<T>>;
+    static constexpr bool kKeepsFloats = false;
+
+    __device__ __forceinline__ Raw read(unsigned token, int at) const {
+        return load_vec<kVecElements<T>>(x + token * token_stride + at);
+    }
+    __device__ __forceinline__ void compute(const Raw& raw, float (&y)[kVecElements<T>]) const {
+        to_floats(raw, y);
     }
 };
 

@@ -5,7 +5,7 @@
 namespace fastkernels {
 
 void rope_cuda(const RopeParams& p, void* stream) {
-    launch_rope<false>(p, stream);
+    visit_float(p.dtype, [&]<typename T>() { launch_rope<T, void>(p, stream); });
 }
 
 }  // namespace fastkernels

@@ -7,7 +7,7 @@ namespace fastkernels {
 
 void rope_append_kv_cuda(const RopeParams& p, void* stream) {
     if (p.kv_dtype == p.dtype) {
-        launch_rope<true>(p, stream);
+        visit_float(p.dtype, [&]<typename T>() { launch_rope<T, T>(p, stream); });
     } else {
         rope_append_kv_bytes(p, stream);
     }

@@ -440,7 +440,7 @@ class EngineConfig:
     random_weights:    seeded random weights at the model's shapes, for benchmarks
     quantization:      scheme that the weights of all linears but the head are rounded to as they are loaded:
                        "fp8", "fp8-block", "int8", "int8-weight", "int4", "nvfp4", "mxfp4"; more in
-                       ``fastkernels.quantize``. On the CPU so far
+                       ``fastkernels.quantize``. On CUDA those that leave activations as they are
     head_quantization: the head's; None keeps it as it is
     Raises ConfigError for a value outside its range.
     """

@@ -44,9 +44,19 @@ SCHEMES: dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]] =
 }
 
 
-def operands(scheme: str, num_tokens: int, out_size: int, in_size: int, dtype: torch.dtype) -> dict[str, Any]:
+Schemes = dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]]
+
+
+def operands(
+    scheme: str,
+    num_tokens: int,
+    out_size: int,
+    in_size: int,
+    dtype: torch.dtype,
+    schemes: Schemes = SCHEMES,
+) -> dict[str, Any]:
     """Every code there is but NaN; scales such that the result is of size 1."""
-    weight_type, size, rows, scale_dtype, has_zeros, activation = SCHEMES[scheme]
+    weight_type, size, rows, scale_dtype, has_zeros, activation = schemes[scheme]
     size = in_size if size is None else size
     if weight_type == "int8":
         weight, spread = torch.randint(-128, 128, (out_size, in_size)).to(torch.int8), 74.0
@@ -289,10 +299,10 @@ def test_refuses_what_it_does_not_take():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-def test_cuda_is_refused():
+def test_rounded_activations_are_refused_on_cuda():
     given = operands("int8", 3, 24, 256, torch.bfloat16)
     moved = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
-    with pytest.raises(ValueError, match="x is on cuda:0, but the op runs on the CPU only so far"):
+    with pytest.raises(ValueError, match="activation is 'int8', but on CUDA the op takes None so far"):
         ops.quantized_linear(**moved)
 
 

@@ -18,6 +18,7 @@ from fastkernels.quantize import SCHEMES, QuantizationError, Scheme, find_scheme
 from fastkernels.runtime.build import DEMO_FOLDER
 from fastkernels.runtime.weights import load_weights, random_weights
 from tests.checkpoints import make_checkpoint
+from tests.conftest import CUDA_REASON
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,9 +233,44 @@ def test_a_broken_weight_is_named(demo, monkeypatch):
         load_weights(plan, demo, device="cpu", dtype=torch.float32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-def test_cuda_is_refused():
-    from fastkernels.errors import DeviceError
+@pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+@pytest.mark.parametrize("name", ["int8-weight", "int4", "int4-g32-zeros", "int4-channel", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_engines_on_cuda(demo, name, dtype):
+    """Logits no further from the dequantised model than twice the unquantised engine's from its own."""
+    ids = list(range(40, 100))
+    model = definition_of(demo, find_scheme(name), None)
+    with torch.inference_mode():
+        exact = model(torch.tensor(ids), torch.arange(len(ids)))
+    load_definition(model, demo, dtype=torch.float32)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    with torch.inference_mode():
+        plain_exact = model(torch.tensor(ids), torch.arange(len(ids)))
 
-    with pytest.raises(DeviceError, match="quantised weights run on the CPU only so far; give device='cpu'"):
-        LLM("demo", device="cuda", quantization="int8")
+    def error(exact: torch.Tensor, **options: str | None) -> float:
+        with LLM("demo", device="cuda", dtype=dtype, max_num_seqs=1, **options) as llm:
+            return ((llm.logits(ids).cpu() - exact).norm() / exact.norm()).item()
+
+    assert error(exact, quantization=name) <= 2 * error(plain_exact)
+
+
+@pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+def test_what_cuda_does_not_take():
+    for name in ("fp8", "fp8-block", "int8"):
+        with pytest.raises(
+            QuantizationError, match=f"{name} rounds activations, for which there is no GPU kernel"
+        ):
+            LLM("demo", device="cuda", dtype="bf16", quantization=name)
+    with pytest.raises(ConfigError, match="quantised weights on CUDA take dtype bf16 or fp16"):
+        LLM("demo", device="cuda", dtype="fp32", quantization="int4")
+
+
+@pytest.mark.parametrize("name", ["int8-weight", "int4", "int4-zeros", "nvfp4", "mxfp4"])
+def test_weights_in_the_layout_of_cuda_take_the_bytes_that_the_plan_says(demo, name):
+    plan = compile_model(demo.config, quantization=f"{name}@cuda")
+    weights = load_weights(plan, demo, device="cpu", dtype=torch.float32)
+    for spec in plan.weights.values():
+        assert tuple(weights[spec.name].shape) == spec.shape
+        if spec.quantized:
+            assert weights[spec.name].dtype == getattr(torch, spec.dtype)

@@ -22,6 +22,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At the barrier of the same place in block `rank` of the cluster. Orders no ordinary accesses there: with
+// .release.cluster, which would, it costs a fence of the whole GPU.
+__device__ __forceinline__ void mbarrier_arrive_in_block(uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 // An arrival that announces so many bytes of this phase.
 __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -26,8 +26,9 @@ struct AttentionParams {
     const int32_t* work_map;  // [attention_sizes().work_map_ints]
     float* workspace;         // [attention_sizes().workspace_floats]
 
-    // Of a cache of one-byte elements: what an element of a KV head's keys, or values, is multiplied by; null is 1.
-    const float* k_scale;  // [num_kv_heads]
+    // Of one-byte elements: what those of a KV head's queries, keys or values are multiplied by; null is 1.
+    const float* q_scale;  // [num_kv_heads]
+    const float* k_scale;
     const float* v_scale;
 
     // Of the new tokens of a sequence, those that a token sees: token i sees token j where bit j of its mask is set.
@@ -46,8 +47,9 @@ struct AttentionParams {
     float soft_cap;     // scores become soft_cap * tanh(scores / soft_cap); 0 is off
     int32_t window;     // a query sees itself and the window - 1 keys before it; 0 is off
     bool causal;        // query i of a sequence sees keys up to len_k - len_q + i; paged is always causal
-    DType dtype;        // of q and out
-    DType kv_dtype;     // of k and v: dtype, or of a cache e4m3, e5m2 or i8
+    DType dtype;        // of out
+    DType q_dtype;      // dtype, or e4m3, when k and v are e4m3 too
+    DType kv_dtype;     // of k and v: dtype, or e4m3, or of a cache also e5m2 or i8
 };
 
 // Turns the lengths of a step, on the device, into the work map that the attention of every layer of that step

@@ -24,6 +24,41 @@ inline constexpr int64_t kLinearMaxTokens = 16;
 void linear_cuda(const LinearParams& p, void* stream);
 void linear_cpu(const LinearParams& p);
 
+// out = x weight^T + bias on Hopper's tensor cores, for any number of tokens, of bf16, fp16, and of bytes with scales.
+// channel: a scale a token, and one a row of the weight or one for all of it; block: one for 128 neighbours of a token,
+// and one for 128 x 128 of the weight.
+enum class MatmulScales : int8_t { none, channel, block };
+
+struct MatmulParams {
+    const void* x;          // [num_tokens, in_size], last dimension contiguous
+    const void* weight;     // [out_size, in_size], last dimension contiguous
+    const float* x_scales;  // channel: [num_tokens]; block: [num_tokens, in_size / 128], contiguous
+    const float*
+        weight_scales;  // channel: [out_size], or [1]; block: [ceil(out_size / 128), in_size / 128], contiguous
+    const void* bias;   // [out_size] of out_dtype, or null
+    void* out;          // [num_tokens, out_size], last dimension contiguous
+    void* workspace;    // matmul_workspace_bytes(), zero before the first call, which leaves it to the next
+    int64_t num_tokens, in_size, out_size;
+    int64_t x_token_stride, weight_row_stride, out_token_stride;  // elements
+    int64_t num_weight_scales;
+    bool constant_weight;  // as in LinearParams
+    MatmulScales scales;
+    DType dtype, out_dtype;  // of x and weight; of bias and out
+    int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
+};
+
+inline constexpr int kNumMatmulTactics = 20;
+
+// Counters, then partial sums, of the calls of one stream.
+inline constexpr int64_t kMatmulCounterBytes = 16384;
+
+constexpr int64_t matmul_workspace_bytes(int num_sms) {
+    return kMatmulCounterBytes + int64_t{num_sms} * 2 * 128 * 256 * 4;
+}
+
+int matmul_num_sms();  // of the current device
+void matmul_cuda(const MatmulParams& p, void* stream);
+
 // Formats of a quantised weight. int8: two's complement. int4, e2m1: two neighbours of a row in a byte, the first in
 // the low half; int4 is unsigned, and stands for itself less its zero point.
 enum class WeightType : int8_t { int8, int4, e2m1, e4m3 };
@@ -68,5 +103,43 @@ inline constexpr int64_t kQuantizedMaxInSize = 1 << 17;  // int32 holds as many 
 
 void integer_linear_cpu(const QuantizedLinearParams& p);  // int8, int4, e2m1
 void fp8_linear_cpu(const QuantizedLinearParams& p);      // e4m3
+
+// Weights that were repacked for the GPU's tensor cores (gemm/weight_only.h); of int4, gN is the size of a group.
+enum class PackedFormat : int8_t {
+    int4_g128,
+    int4_g64,
+    int4_g32,
+    int4_g128_zeros,
+    int4_g64_zeros,
+    int4_g32_zeros,
+    int8,
+    e4m3,
+    e4m3_block,
+    nvfp4,
+    mxfp4,
+};
+inline constexpr int kNumPackedFormats = 11;
+
+// out = x W^T + bias for any number of tokens, x as it is.
+struct WeightOnlyParams {
+    const void* x;             // [num_tokens, in_size], last dimension contiguous, rows aligned to 16 bytes
+    const uint8_t* packed;     // the units of gemm/weight_only.h
+    const float* row_factors;  // [out_size]: what a row's sum is multiplied by
+    const void* bias;          // [out_size], or null
+    void* out;                 // [num_tokens, out_size], last dimension contiguous
+    int64_t num_tokens, in_size, out_size;
+    int64_t x_token_stride, out_token_stride;  // elements
+    PackedFormat format;
+    int tactic;            // 0: chosen by shape; else one of 1 to kWeightOnlyTactics
+    bool constant_weight;  // no kernel before this one in its stream writes packed: it may be read early
+    DType dtype;
+};
+
+// Tactic 1 + i: K is split over 2^(i / 2) blocks (1, 2, 4) of a cluster, and i % 2 chooses wide blocks over narrow
+// ones.
+inline constexpr int kWeightOnlyTactics = 6;
+
+int64_t packed_bytes(PackedFormat format, int64_t out_size, int64_t in_size);
+void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream);
 
 }  // namespace fastkernels

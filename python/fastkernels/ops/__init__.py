@@ -12,11 +12,21 @@ from fastkernels.ops.quant import quantize
 from fastkernels.ops.quantized_gemm import interleave_rows, interleaves, quantized_linear
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
+from fastkernels.ops.weight_only import (
+    PACKED_FORMATS,
+    WEIGHT_ONLY_TACTICS,
+    RepackedWeight,
+    repack_for_cuda,
+    weight_only_linear,
+)
 
 __all__ = [
     "IN_PROMPT",
     "LINEAR_MAX_TOKENS",
+    "PACKED_FORMATS",
+    "WEIGHT_ONLY_TACTICS",
     "AttentionPlan",
+    "RepackedWeight",
     "add_rms_norm",
     "add_rms_norm_quant",
     "append_kv",
@@ -37,6 +47,7 @@ __all__ = [
     "plan_attention",
     "quantize",
     "quantized_linear",
+    "repack_for_cuda",
     "resolve_token_ids",
     "rms_norm",
     "rms_norm_quant",
@@ -46,4 +57,5 @@ __all__ = [
     "silu_mul",
     "silu_mul_quant",
     "top_logprobs",
+    "weight_only_linear",
 ]

@@ -38,13 +38,17 @@ def attention(
     causal: bool = True,
     window: int = 0,
     soft_cap: float = 0.0,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
     out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """out = softmax(mask(scale * q k^T)) v for each of num_seqs sequences that lie one after the other.
 
-    q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32; last dimension contiguous, any
-                  stride of the others (a slice of a merged projection)
+    q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32 | float8_e4m3fn; last dimension
+                  contiguous, any stride of the others (a slice of a merged projection)
     k, v:         [num_keys, num_kv_heads, head_dim], dtype of q, strides as q; num_q_heads is a multiple of
                   num_kv_heads. head_dim is 64, 80, 96, 128 or 256 on CUDA, any up to 256 on the CPU
     cu_seqlens_q: int32 [num_seqs + 1], contiguous: sequence i has the queries cu_seqlens_q[i] up to [i + 1]
@@ -53,10 +57,17 @@ def attention(
     causal:       query i of a sequence sees its keys up to len_k - len_q + i; else all of them
     window:       with causal, a query sees that key and the window - 1 before it; 0 is off
     soft_cap:     scores become soft_cap * tanh(scores / soft_cap); 0 is off
-    plan:         a filled AttentionPlan to share between calls; one is made when None (CUDA)
-    out:          like q; allocated when None. Rows past cu_seqlens_q[-1] are padding and stay as they are; a
-                  query of a sequence with keys that sees none of them gives zeros
-    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph.
+    q_scale, k_scale, v_scale: fp32 [num_kv_heads], positive, of q, k and v in e4m3: what their bytes are
+                  multiplied by, q_scale for all query heads of a KV head. 1 when None
+    plan:         a filled AttentionPlan to share between calls; one is made when None (CUDA); of q in e4m3
+                  it is made for the dtype of out
+    out:          like q, of q in e4m3 in bf16 or fp16; allocated when None. Rows past cu_seqlens_q[-1] are
+                  padding and stay as they are; a query of a sequence with keys that sees none of them gives
+                  zeros
+    out_dtype:    of the out that is allocated: dtype of q, or bf16 when q is e4m3
+    Returns out. Accumulates in fp32; bitwise repeatable; safe in a CUDA graph. With q in e4m3, prefill tiles
+    on Hopper (head_dim 128) round weights to e4m3, relative to the largest of the row; elsewhere products are
+    of fp16, which holds e4m3 exactly.
     Raises ValueError for a shape, dtype, stride, device or length it does not take, naming what it does;
     lengths in GPU memory are checked with FASTKERNELS_DEBUG=1 only.
     Source: Dao et al. 2022, Dao 2023. Kernels: csrc/attention/
@@ -75,15 +86,37 @@ def attention(
     check_lengths(op, "cu_seqlens_k", cu_seqlens_k, num_seqs + 1, "[num_seqs + 1], like cu_seqlens_q")
     require(causal or window == 0, f"attention: window is {window}, but a window needs causal=True")
     scale = _check_numbers(op, q, k.shape[1], scale, window, soft_cap)
-    out = _like_q(op, q, out)
+    for name, scaled, x in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, v)):
+        _check_scale(op, name, scaled, x, k.shape[1])
+    require(
+        scale > 0.0 or q.device.type != "cuda" or q.dtype != torch.float8_e4m3fn,
+        f"attention: scale is {scale}, but with q in float8_e4m3fn the CUDA kernels take positive ones",
+    )
+    out = _like_q(op, q, out, out_dtype)
     check_device(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, out=out)
     check_last_contiguous(op, k=k, v=v)
     if _debug():
         _debug_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _debug_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    work_map, workspace = plan_for(op, plan, q, k.shape[1], cu_seqlens_q, cu_seqlens_k, None, window, causal)
+    work_map, workspace = plan_for(
+        op, plan, out, k.shape[1], cu_seqlens_q, cu_seqlens_k, None, window, causal
+    )
     torch.ops.fastkernels.attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, work_map, workspace, scale, causal, window, soft_cap, out
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        work_map,
+        workspace,
+        scale,
+        causal,
+        window,
+        soft_cap,
+        out,
+        q_scale,
+        k_scale,
+        v_scale,
     )
     return out
 
@@ -98,16 +131,18 @@ def paged_attention(
     scale: float | None = None,
     window: int = 0,
     soft_cap: float = 0.0,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     plan: AttentionPlan | None = None,
     out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Causal attention of a step's queries over the KV cache: any mix of prefill chunks and decodes.
 
-    q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32; last dimension contiguous, any
-                  stride of the others
+    q:            [num_tokens, num_q_heads, head_dim] bf16 | fp16 | fp32, or float8_e4m3fn over a cache of the
+                  same; last dimension contiguous, any stride of the others
     kv_cache:     [num_pages, 2, num_kv_heads, page_size, head_dim] contiguous (0 is K, 1 is V), dtype of q,
                   float8_e4m3fn, float8_e5m2 or int8 (on CUDA with q in bf16 or fp16), with the keys of this
                   step appended; page_size is a power of two, at least 8 on CUDA. head_dim as in ``attention``
@@ -118,12 +153,13 @@ def paged_attention(
                   its last tokens
     k_scale, v_scale: fp32 [num_kv_heads], positive, of a cache of one-byte elements: a key is its bytes times
                   k_scale of its head. 1 when None
+    q_scale:      fp32 [num_kv_heads], positive, of q in e4m3, for all query heads of a KV head. 1 when None
     tree_mask:    int64 [num_tokens], contiguous: token i of a sequence sees the new token j of that sequence
                   where bit j of its mask is set (its own too), and all older ones. Sequences of more than 64
                   new tokens stay causal. Without a window; on CUDA with q in bf16 or fp16
-    scale, window, soft_cap, plan, out: as in ``attention``
-    Returns out. Accumulates in fp32; with a cache of bytes q is rounded to fp16, in which they are exact;
-    bitwise repeatable; safe in a CUDA graph.
+    scale, window, soft_cap, plan, out, out_dtype: as in ``attention``
+    Returns out. Accumulates in fp32; with a cache of bytes q is rounded to fp16, in which they are exact, and
+    with q in e4m3 weights are rounded as in ``attention``; bitwise repeatable; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, device, length or page it does not take, naming what it
     does; lengths and pages in GPU memory are checked with FASTKERNELS_DEBUG=1 only.
     Source: Kwon et al. 2023; Dao et al. 2023 (split contexts). Kernels: csrc/attention/
@@ -132,7 +168,9 @@ def paged_attention(
     q, kv_cache, page_table = as_tensor(q), as_tensor(kv_cache), as_tensor(page_table)
     seq_lens, cu_seqlens_q = as_tensor(seq_lens), as_tensor(cu_seqlens_q)
     _check_q(op, q)
-    check_dtype(op, "kv_cache", kv_cache, (q.dtype, *BYTE_DTYPES))
+    check_dtype(
+        op, "kv_cache", kv_cache, (q.dtype,) if q.dtype == torch.float8_e4m3fn else (q.dtype, *BYTE_DTYPES)
+    )
     check_shape(
         op,
         "kv_cache",
@@ -151,6 +189,7 @@ def paged_attention(
     check_dtype(op, "page_table", page_table, (torch.int32,))
     check_shape(op, "page_table", page_table, (num_seqs, None), "[num_seqs, max_pages]")
     scale = _check_numbers(op, q, kv_cache.shape[2], scale, window, soft_cap)
+    _check_scale(op, "q_scale", q_scale, q, kv_cache.shape[2])
     check_scales(op, kv_cache, k_scale, v_scale)
     if tree_mask is not None:
         check_dtype(op, "tree_mask", tree_mask, (torch.int64,))
@@ -164,7 +203,7 @@ def paged_attention(
             f"paged_attention: q is {dtype_name(q.dtype)} and scale {scale}, but with {what} the CUDA "
             "kernels take bf16 and fp16 and a positive scale",
         )
-    out = _like_q(op, q, out)
+    out = _like_q(op, q, out, out_dtype)
     check_device(
         op,
         q=q,
@@ -182,7 +221,9 @@ def paged_attention(
     if _debug():
         _debug_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _debug_pages(cu_seqlens_q, seq_lens, page_table, page_size, kv_cache.shape[0], window)
-    work_map, workspace = plan_for(op, plan, q, kv_cache.shape[2], cu_seqlens_q, None, seq_lens, window, True)
+    work_map, workspace = plan_for(
+        op, plan, out, kv_cache.shape[2], cu_seqlens_q, None, seq_lens, window, True
+    )
     torch.ops.fastkernels.paged_attention(
         q,
         kv_cache,
@@ -198,6 +239,7 @@ def paged_attention(
         k_scale,
         v_scale,
         tree_mask,
+        q_scale,
     )
     return out
 
@@ -206,7 +248,7 @@ def paged_attention(
 
 
 def _check_q(op: str, q: torch.Tensor) -> None:
-    check_dtype(op, "q", q, FLOAT_DTYPES)
+    check_dtype(op, "q", q, (*FLOAT_DTYPES, torch.float8_e4m3fn))
     check_shape(op, "q", q, (None, None, None), "[num_tokens, num_q_heads, head_dim]")
     check_last_contiguous(op, q=q)
     head_dim = q.shape[2]
@@ -236,11 +278,39 @@ def _check_numbers(
     return q.shape[2] ** -0.5 if scale is None else scale
 
 
-def _like_q(op: str, q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _check_scale(op: str, name: str, scale: torch.Tensor | None, x: torch.Tensor, num_kv_heads: int) -> None:
+    """A scale of q, k or v: given only where its elements are e4m3."""
+    if scale is None:
+        return
+    require(
+        x.dtype == torch.float8_e4m3fn,
+        f"{op}: {name} is given, but {name[0]} is {dtype_name(x.dtype)}; it is for float8_e4m3fn",
+    )
+    check_dtype(op, name, scale, (torch.float32,))
+    check_shape(op, name, scale, (num_kv_heads,), "[num_kv_heads]")
+    check_device(op, **{name[0]: x, name: scale})
+    check_contiguous(op, **{name: scale})
+
+
+def _like_q(
+    op: str, q: torch.Tensor, out: torch.Tensor | None, out_dtype: torch.dtype | None
+) -> torch.Tensor:
+    takes = (torch.bfloat16, torch.float16) if q.dtype == torch.float8_e4m3fn else (q.dtype,)
     if out is None:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dtype = takes[0] if out_dtype is None else out_dtype
+        words = " and ".join(map(dtype_name, takes))
+        require(
+            dtype in takes,
+            f"{op}: out_dtype is {dtype_name(dtype)}, but with q in {dtype_name(q.dtype)} the op takes "
+            + words,
+        )
+        return torch.empty(q.shape, dtype=dtype, device=q.device)
     out = as_tensor(out)
-    check_dtype(op, "out", out, (q.dtype,))
+    check_dtype(op, "out", out, takes)
+    require(
+        out_dtype is None or out_dtype == out.dtype,
+        f"{op}: out_dtype is not the dtype of out, {dtype_name(out.dtype)}",
+    )
     check_shape(op, "out", out, tuple(q.shape), "the shape of q")
     check_last_contiguous(op, out=out)
     return out

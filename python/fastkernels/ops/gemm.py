@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from fastkernels.ops.checks import (
@@ -17,7 +19,10 @@ from fastkernels.ops.checks import (
 
 LINEAR_MAX_TOKENS = 16
 
+NUM_MATMUL_TACTICS = 20  # kNumMatmulTactics in csrc/include/fastkernels/gemm.h
+
 register_mutating_fake("linear")
+register_mutating_fake("matmul")
 
 
 def linear(
@@ -26,22 +31,29 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     constant_weight: bool = False,
+    tactic: int | None = None,
+    workspace: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x weight^T + bias for the few tokens of a decode step, at the speed of reading the weight.
 
     x:      [num_tokens, in_size] bf16 | fp16 | fp32 (fp32 on the CPU only), up to LINEAR_MAX_TOKENS (16)
-            tokens; last dimension contiguous, any row stride; on CUDA rows begin on 16 bytes and in_size is a
-            multiple of 8
+            tokens unless tactic is given; last dimension contiguous, any row stride; on CUDA rows begin on 16
+            bytes and in_size is a multiple of 8
     weight: [out_size, in_size], dtype of x; last dimension contiguous
     bias:   [out_size], dtype of x, or None
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first rows are then read while the kernel before this one ends
+    tactic: given, any number of tokens go through the Hopper kernel of large products: 0 to
+            NUM_MATMUL_TACTICS - 1, a tile and a way to share out the work, or -1, which chooses by shape
+    workspace: of the Hopper kernel, from ``matmul_workspace``, one for calls that may run at the same time;
+            None: one kept for the current stream, or made when that is being captured
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
     Returns out. Accumulates in fp32 and rounds once; bitwise repeatable, and a token's result does not depend
-    on the others; safe in a CUDA graph. More tokens are torch.nn.functional.linear's.
+    on the others (with a tactic: on those of other tiles); safe in a CUDA graph. More tokens without a tactic
+    are torch.nn.functional.linear's.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
-    Kernels: csrc/gemm/linear.cuh, linear.cpp
+    Kernels: csrc/gemm/linear.cuh, linear.cpp, matmul_sm90.cuh
     """
     op = "linear"
     x, weight = as_tensor(x), as_tensor(weight)
@@ -61,11 +73,56 @@ def linear(
     check_device(op, x=x, weight=weight, bias=bias, out=out)
     check_last_contiguous(op, x=x, weight=weight, bias=bias, out=out)
     require(
-        num_tokens <= LINEAR_MAX_TOKENS,
+        num_tokens <= LINEAR_MAX_TOKENS or tactic is not None,
         f"{op}: num_tokens is {num_tokens}, but the op takes at most {LINEAR_MAX_TOKENS}",
     )
     if x.is_cuda:
         check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
         require(in_size % 8 == 0, f"{op} on CUDA: in_size is {in_size}; it must be a multiple of 8")
+    if tactic is not None:
+        matmul(op, x, weight, None, None, bias, constant_weight, tactic, workspace, out)
+        return out
     torch.ops.fastkernels.linear(x, weight, bias, constant_weight, out)
     return out
+
+
+def matmul_workspace(device: torch.device) -> torch.Tensor:
+    """What the Hopper kernel keeps sums of parts in: uint8, zeros; every call leaves it fit for the next."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    # matmul_workspace_bytes in csrc/include/fastkernels/gemm.h
+    return torch.zeros(16384 + sms * 2 * 128 * 256 * 4, dtype=torch.uint8, device=device)
+
+
+@cache
+def _kept_workspace(device: torch.device, stream: int) -> torch.Tensor:
+    return matmul_workspace(device)
+
+
+def matmul(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    weight_scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    constant_weight: bool,
+    tactic: int,
+    workspace: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """out = (x * x_scales) (weight * weight_scales)^T + bias by the Hopper kernel, for the op of that name.
+
+    Types and scales: MatmulParams in csrc/include/fastkernels/gemm.h.
+    """
+    require(x.is_cuda, f"{op}: a tactic is given, but x is on {x.device}; tactics are of Hopper GPUs")
+    require(
+        -1 <= tactic < NUM_MATMUL_TACTICS,
+        f"{op}: tactic is {tactic}, but the op takes 0 to {NUM_MATMUL_TACTICS - 1}, and -1",
+    )
+    if workspace is None and torch.cuda.is_current_stream_capturing():
+        workspace = matmul_workspace(x.device)
+    elif workspace is None:
+        workspace = _kept_workspace(x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    torch.ops.fastkernels.matmul(
+        x, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out
+    )

@@ -17,6 +17,9 @@ from fastkernels.ops.checks import (
     register_mutating_fake,
     require,
 )
+from fastkernels.ops.gemm import matmul
+from fastkernels.ops.quant import Per, quantize
+from fastkernels.ops.weight_only import repack_for_cuda, weight_only_linear
 
 register_mutating_fake("quantized_linear", "interleave_rows")
 
@@ -33,6 +36,12 @@ _STORED = {
 }
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8)
 _TAKES = {"int8": (None, "int8"), "int4": (None,), "e2m1": (None,), "e4m3": (None, "e4m3", "e4m3-block")}
+# activation -> what `quantize` makes of x before a product on CUDA
+_QUANTIZED: dict[str | None, tuple[Per, torch.dtype]] = {
+    "int8": ("token", torch.int8),
+    "e4m3": ("token", torch.float8_e4m3fn),
+    "e4m3-block": ("block", torch.float8_e4m3fn),
+}
 _MAX_IN_SIZE = 1 << 17
 
 
@@ -48,6 +57,9 @@ def quantized_linear(
     global_scale: torch.Tensor | None = None,
     activation: Activation | None = None,
     interleaved: bool = False,
+    constant_weight: bool = False,
+    tactic: int = -1,
+    workspace: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x W^T + bias, where W = global_scale * scales * (weight - zeros), of any number of tokens.
@@ -71,13 +83,20 @@ def quantized_linear(
             weights), "e4m3" per token or "e4m3-block" per 128 neighbours (with e4m3 weights)
     interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
+    constant_weight, tactic, workspace: on CUDA, as ``linear`` takes them
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
-    Returns out. Products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
+    Returns out; bitwise repeatable.
+    On the CPU, products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
     254^2 (fp32) steps of the largest of 128 neighbours, and exact within a block; sums of blocks, and all of
-    e4m3, in fp32. Bitwise repeatable, and a token's result does not depend on the others.
-    Runs on the CPU. Raises ValueError for a shape, dtype, stride or device it does not take, naming what it
-    does.
-    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp
+    e4m3, in fp32. A token's result does not depend on the others.
+    On CUDA, where activation is given: bf16 and fp16 on Hopper GPUs; scales fp32, a row each or one ("int8",
+    "e4m3") or 128 x 128 each ("e4m3-block"); in_size a multiple of 16. x is quantised by `quantize` into
+    tensors that are allocated. Tactics 0 to 3 add up e4m3 with about 14 bits, the others, and -1, less than
+    512 neighbours at a time. A token's result may depend on how many others there are.
+    Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
+    With activation None on CUDA weights are repacked at every call, which takes far longer than the
+    product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
+    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, weight_only.cuh
     """
     op = "quantized_linear"
     x, weight, scales = as_tensor(x), as_tensor(weight), as_tensor(scales)
@@ -115,10 +134,23 @@ def quantized_linear(
     check_device(
         op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias, out=out
     )
-    require(not x.is_cuda, f"{op}: x is on {x.device}, but the op runs on the CPU only so far")
+    if x.is_cuda and activation is None:
+        check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
+        repacked = repack_for_cuda(
+            weight, scales, weight_type=weight_type, block=block, zeros=zeros, global_scale=global_scale
+        )
+        return weight_only_linear(x, repacked, bias, out=out)
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
     require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")
+    if x.is_cuda:
+        require(not interleaved, f"{op} on CUDA: interleaved rows are for the CPU")
+        weight_scales = _scales_on_cuda(op, activation, scales, global_scale, out_size, in_size, rows, size)
+        check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
+        per, byte = _QUANTIZED[activation]
+        bytes_, x_scales = quantize(x, per=per, dtype=byte)
+        matmul(op, bytes_, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out)
+        return out
     torch.ops.fastkernels.quantized_linear(
         x,
         weight,
@@ -166,6 +198,34 @@ def interleave_rows(weight: torch.Tensor, *, out: torch.Tensor | None = None) ->
     check_contiguous(op, weight=weight, out=out)
     torch.ops.fastkernels.interleave_rows(weight, out)
     return out
+
+
+def _scales_on_cuda(
+    op: str,
+    activation: str | None,
+    scales: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    out_size: int,
+    in_size: int,
+    rows: int,
+    size: int,
+) -> torch.Tensor:
+    """scales as the Hopper kernel takes them."""
+    op = f"{op} on CUDA"
+    if activation not in _QUANTIZED:
+        takes = ", ".join(map(repr, _QUANTIZED))
+        raise ValueError(f"{op}: activation is {activation!r}, but the op takes {takes}")
+    check_dtype(op, "scales", scales, (torch.float32,))
+    require(global_scale is None, f"{op}: global_scale is given, but the op takes none")
+    if activation == "e4m3-block":
+        if (rows, size) != (128, 128):
+            raise ValueError(
+                f"{op}: block is {(rows, size)}, but with {activation!r} the op takes (128, 128)"
+            )
+        return scales
+    if size < in_size or (rows != 1 and rows < out_size):
+        raise ValueError(f"{op}: block is {(rows, size)}, but the op takes a scale a row, or one for all")
+    return scales.view(-1)
 
 
 # Sentences with sizes are put together where they are raised: torch.compile, with sizes that vary, cannot.

@@ -158,7 +158,8 @@ def dequantize_weight(
     """[out_size, in_size] of dtype: what ``quantized_linear`` takes the weight for."""
     if weight_type in ("int4", "e2m1"):
         codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1).long()
-        values = codes if weight_type == "int4" else torch.tensor(_E2M1 + tuple(-v for v in _E2M1))[codes]
+        table = torch.tensor(_E2M1 + tuple(-v for v in _E2M1), device=codes.device)
+        values = codes if weight_type == "int4" else table[codes]
         values = values.to(dtype)
     else:
         values = weight.to(dtype)
@@ -320,9 +321,26 @@ def attention(
     causal: bool = True,
     window: int = 0,
     soft_cap: float = 0.0,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows past cu_seqlens_q[-1] and queries that see no key are zeros."""
+    """Rows past cu_seqlens_q[-1] and queries that see no key are zeros; of e4m3 it computes in fp32."""
+    if q.dtype == torch.float8_e4m3fn:
+        return attention(
+            _from_e4m3(q, q_scale),
+            _from_e4m3(k, k_scale),
+            _from_e4m3(v, v_scale),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            scale=scale,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            tree_mask=tree_mask,
+        ).to(out_dtype or torch.bfloat16)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     out = torch.zeros_like(q)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -351,6 +369,13 @@ def attention(
     return out
 
 
+def _from_e4m3(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """[tokens, heads, head_dim] in fp32; scale: [num_kv_heads], of a KV head and its query heads."""
+    if scale is None:
+        return x.float()
+    return x.float() * scale.repeat_interleave(x.shape[1] // scale.shape[0])[:, None]
+
+
 def paged_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -361,11 +386,27 @@ def paged_attention(
     scale: float | None = None,
     window: int = 0,
     soft_cap: float = 0.0,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     tree_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     page_size = kv_cache.shape[3]
+    if q.dtype == torch.float8_e4m3fn:
+        return paged_attention(
+            _from_e4m3(q, q_scale),
+            kv_cache,
+            page_table,
+            seq_lens,
+            cu_seqlens_q,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            tree_mask=tree_mask,
+        ).to(out_dtype or torch.bfloat16)
     kv_cache = from_cache_dtype(kv_cache, k_scale, v_scale, q.dtype)
     keys, values = [kv_cache[:0, 0, :, 0]], [kv_cache[:0, 0, :, 0]]
     for i, length in enumerate(seq_lens.tolist()):

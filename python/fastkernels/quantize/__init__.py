@@ -3,6 +3,7 @@
 Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4``
 takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
 neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point.
+``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from fastkernels.quantize.int8 import Int8
 from fastkernels.quantize.int8_weight import Int8Weight
 from fastkernels.quantize.mxfp4 import Mxfp4
 from fastkernels.quantize.nvfp4 import Nvfp4
+from fastkernels.quantize.repacked import SUFFIX, Repacked
 from fastkernels.quantize.scheme import PartSpec, QuantizationError, Scheme
 
-__all__ = ["SCHEMES", "PartSpec", "QuantizationError", "Scheme", "find_scheme"]
+__all__ = ["SCHEMES", "PartSpec", "QuantizationError", "Repacked", "Scheme", "find_scheme"]
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fp8": Fp8,
@@ -33,6 +35,8 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
 
 def find_scheme(name: str) -> Scheme:
     """The scheme called ``name``. Raises QuantizationError listing those there are."""
+    if name.endswith(SUFFIX):
+        return Repacked(find_scheme(name.removesuffix(SUFFIX)))
     if name in SCHEMES:
         return SCHEMES[name]()
     scheme = Int4.parse(name)

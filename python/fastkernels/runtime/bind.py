@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkernels import ops
 from fastkernels.compiler import CompileError, Step
 from fastkernels.ops.quantized_gemm import ACTIVATIONS, WEIGHT_TYPES
-from fastkernels.quantize import find_scheme
+from fastkernels.quantize import Repacked, find_scheme
 
 Call = Callable[[], object]
 Attributes = Mapping[str, Any]
@@ -55,6 +55,11 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
     """x, the parts of the weight in the scheme's order, and the bias where there is one."""
     scheme = find_scheme(attributes["scheme"])
     x, packed, *rest = inputs
+    if isinstance(scheme, Repacked):
+        row_factors, bias = rest[0], rest[1] if len(rest) > 1 else None
+        packed_format = scheme.packed_format(row_factors.shape[0], x.shape[1])
+        codes = (list(ops.PACKED_FORMATS).index(packed_format), 0, True)
+        return partial(_fk.weight_only_linear.default, x, packed, row_factors, bias, *codes, outputs[0])
     in_size = x.shape[1]
     names = list(scheme.parts(packed.shape[0], in_size))[1:]
     parts = dict(zip(names, rest, strict=False))

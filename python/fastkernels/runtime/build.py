@@ -16,6 +16,7 @@ from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
 from fastkernels.config import ConfigError, EngineConfig, ModelConfig
 from fastkernels.errors import DeviceError, ModelNotFoundError
 from fastkernels.models.presets import PRESETS
+from fastkernels.quantize.repacked import SUFFIX
 from fastkernels.runtime.engine import Engine
 from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.kv_cache import KVCache
@@ -107,21 +108,28 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
     return _DTYPES[name]
 
 
+def _scheme_on(device: torch.device, name: str | None) -> str | None:
+    """The GPU's kernels take weights in a layout of their own."""
+    return name if name is None or device.type == "cpu" else name + SUFFIX
+
+
 def build_engine(source: ModelSource, options: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
     """Raises DeviceError, CompileError, CheckpointError, or EngineMemoryError with the arithmetic."""
     report = progress or (lambda stage, done, total: None)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, source.config, device)
-    if device.type == "cuda" and (options.quantization or options.head_quantization):
-        raise DeviceError(
-            "quantised weights run on the CPU only so far; give device='cpu', or no quantization on CUDA"
-        )
+    if (
+        device.type == "cuda"
+        and dtype == torch.float32
+        and (options.quantization or options.head_quantization)
+    ):
+        raise ConfigError("quantised weights on CUDA take dtype bf16 or fp16; this engine's is fp32")
     report("compiling", 0, 1)
     plan = compile_model(
         source.config,
         disabled_passes=options.disabled_passes,
-        quantization=options.quantization,
-        head_quantization=options.head_quantization,
+        quantization=_scheme_on(device, options.quantization),
+        head_quantization=_scheme_on(device, options.head_quantization),
     )
     report("compiling", 1, 1)
 

@@ -1,0 +1,164 @@
+// The launcher of matmul_sm90: the tensor maps, the tactic, the schedule.
+#include <cuda_fp8.h>
+
+#include <algorithm>
+
+#include "common/dtype.cuh"
+#include "common/ptx/tma.cuh"
+#include "gemm/matmul_sm90.h"
+
+namespace fastkernels {
+namespace {
+
+// A build for other GPUs alone leaves this kernel empty.
+__global__ void hopper_code(int* built) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    *built = 1;
+#endif
+}
+
+bool built_for_hopper() {
+    static const bool built = [] {
+        cudaFuncAttributes attributes{};
+        return cudaFuncGetAttributes(&attributes, hopper_code) == cudaSuccess && attributes.ptxVersion >= 90;
+    }();
+    return built;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+MatmulSchedule schedule_of(const MatmulParams& p, const MatmulTile& tile, bool split, int sms) {
+    const int64_t a_rows = tile.tokens_are_a ? p.num_tokens : p.out_size;
+    const int64_t b_rows = tile.tokens_are_a ? p.out_size : p.num_tokens;
+    const int64_t row_bytes = p.in_size * static_cast<int64_t>(size_bytes(p.dtype));
+    const int64_t a_tiles = ceil_div(a_rows, tile.rows * tile.cluster), b_tiles = ceil_div(b_rows, tile.columns);
+    check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
+          " are more tiles than the kernel counts");
+    const int group = 2048 / (tile.rows * tile.cluster);  // what 132 SMs read of A and B is then about the same
+    return matmul_schedule(static_cast<int>(a_tiles), static_cast<int>(b_tiles),
+                           static_cast<int>(ceil_div(row_bytes, 128)), std::max(1, sms / tile.cluster), group, split);
+}
+
+// Up to 128 tokens the weight's bytes are what counts, and all SMs must read: tokens as columns, stream-K. From there
+// on the largest tile that occupies all SMs; stream-K where the last round would leave a tenth of them idle.
+int default_tactic(const MatmulParams& p, int sms) {
+    const bool is_block = p.scales == MatmulScales::block;
+    int tile;
+    if (p.num_tokens <= 32) {
+        tile = 4;
+    } else if (p.num_tokens <= 64) {
+        tile = 6;
+    } else if (p.num_tokens <= 128) {
+        tile = is_block ? 3 : 7;
+    } else {
+        const int64_t rows = ceil_div(p.num_tokens, 128);
+        const bool in_pairs = rows % 2 == 0 || rows >= 8, in_fours = rows % 4 == 0 || rows >= 16;
+        const bool is_large = rows * ceil_div(p.out_size, 256) >= sms;
+        if (p.dtype == DType::e4m3) {
+            tile = is_large && in_fours ? 9 : in_pairs ? 2 : 3;
+        } else {
+            tile = (is_large ? 0 : 2) + (in_pairs ? 0 : 1);
+        }
+    }
+    const MatmulSchedule whole = schedule_of(p, kMatmulTiles[tile], false, sms);
+    const int64_t rounds = ceil_div(whole.tiles(), std::max(1, sms / kMatmulTiles[tile].cluster));
+    const bool split = whole.tiles() * 10 < rounds * (sms / kMatmulTiles[tile].cluster) * 9;
+    return 2 * tile + (split ? 1 : 0);
+}
+
+// The driver wants whole 16 bytes of a stride that is never used too.
+int64_t row_stride_bytes(int64_t rows, int64_t columns, int64_t stride, int64_t element_bytes) {
+    return rows > 1 ? stride * element_bytes : ceil_div(columns * element_bytes, 16) * 16;
+}
+
+}  // namespace
+
+int matmul_num_sms() {
+    return num_sms();
+}
+
+void matmul_cuda(const MatmulParams& p, void* stream) {
+    if (p.num_tokens == 0 || p.out_size == 0) {
+        return;
+    }
+    check(compute_capability() == 90 && built_for_hopper(),
+          "matmul is for Hopper GPUs (sm_90a), and for builds with its architecture");
+    const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
+    const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
+                         reinterpret_cast<uintptr_t>(p.out) | reinterpret_cast<uintptr_t>(p.workspace);
+    const int64_t x_stride = row_stride_bytes(p.num_tokens, p.in_size, p.x_token_stride, element_bytes);
+    const int64_t weight_stride = row_stride_bytes(p.out_size, p.in_size, p.weight_row_stride, element_bytes);
+    const int64_t out_stride = row_stride_bytes(p.num_tokens, p.out_size, p.out_token_stride, 2);
+    check(address % 16 == 0 && (x_stride | weight_stride | out_stride) % 16 == 0,
+          "matmul: x, weight, out and their rows must be aligned to 16 bytes");
+    check(p.out_dtype == DType::bf16 || p.out_dtype == DType::f16, "matmul: out is ", name(p.out_dtype),
+          ", but the op gives bf16 and fp16");
+    check(p.scales != MatmulScales::block || p.in_size % 128 == 0, "matmul: in_size is ", p.in_size,
+          "; with scales of blocks it must be a multiple of 128");
+    check(p.in_size > 0 && p.tactic >= -1 && p.tactic < kNumMatmulTactics, "matmul: tactic is ", p.tactic,
+          ", but there are 0 to ", kNumMatmulTactics - 1, ", and -1");
+
+    const int sms = num_sms();
+    const int tactic = p.tactic < 0 ? default_tactic(p, sms) : p.tactic;
+    const MatmulTile& tile = kMatmulTiles[tactic / 2];
+    const auto operand = [&](const void* matrix, int64_t rows, int64_t stride, int box_rows) {
+        const auto type = p.dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                          : p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                  : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+        return encode(TensorMap2d{.address = matrix,
+                                  .type = type,
+                                  .element_bytes = static_cast<int>(element_bytes),
+                                  .rows = rows,
+                                  .columns = p.in_size,
+                                  .row_stride_bytes = stride,
+                                  .box_rows = box_rows});
+    };
+    const int b_rows = tile.columns / tile.cluster;
+    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tile.tokens_are_a ? tile.rows : b_rows);
+    const CUtensorMap weight_map = operand(p.weight, p.out_size, weight_stride, tile.tokens_are_a ? b_rows : tile.rows);
+    const bool is_fp16 = p.out_dtype == DType::f16;
+    const MatmulSchedule schedule = schedule_of(p, tile, tactic % 2 == 1, sms);
+    const MatmulArgs args{
+        .a_map = tile.tokens_are_a ? x_map : weight_map,
+        .b_map = tile.tokens_are_a ? weight_map : x_map,
+        .out_map =
+            encode(TensorMap2d{.address = p.out,
+                               .type = is_fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                               .element_bytes = 2,
+                               .rows = p.num_tokens,
+                               .columns = p.out_size,
+                               .row_stride_bytes = out_stride,
+                               .box_rows = tile.tokens_are_a ? 64 : tile.columns}),
+        .schedule = schedule,
+        .bias = p.bias,
+        .token_scales = p.x_scales,
+        .weight_scales = p.weight_scales,
+        .partials = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kMatmulCounterBytes),
+        .counters = static_cast<unsigned*>(p.workspace),
+        .num_tokens = static_cast<int>(p.num_tokens),
+        .out_size = static_cast<int>(p.out_size),
+        .weight_scale_stride = p.num_weight_scales == 1 ? 0 : 1,
+        .constant_weight = p.constant_weight,
+        .out_is_fp16 = is_fp16,
+    };
+    check(schedule.split_tiles * tile.cluster * 2 * static_cast<int64_t>(sizeof(unsigned)) <= kMatmulCounterBytes,
+          "matmul: the workspace has no room for the counters of ", schedule.split_tiles, " tiles");
+    const int blocks = schedule.workers * tile.cluster;
+    const auto run = [&]<typename T, MatmulScales kScales>() {
+        check(p.scales == kScales, "matmul: ", name(p.dtype), " does not go with these scales");
+        matmul_sm90_tile<T, kScales>(args, tactic / 2, blocks, stream);
+    };
+    switch (p.dtype) {
+        case DType::bf16: return run.template operator()<bf16, MatmulScales::none>();
+        case DType::f16: return run.template operator()<fp16, MatmulScales::none>();
+        case DType::i8: return run.template operator()<int8_t, MatmulScales::channel>();
+        case DType::e4m3:
+            return p.scales == MatmulScales::block ? run.template operator()<__nv_fp8_e4m3, MatmulScales::block>()
+                                                   : run.template operator()<__nv_fp8_e4m3, MatmulScales::channel>();
+        default: fail("matmul: dtype ", name(p.dtype), " is not supported: bf16, fp16, e4m3 and int8 are");
+    }
+}
+
+}  // namespace fastkernels

@@ -1,0 +1,37 @@
+// Weights in 4 and 8 bits with x as it is: what is taken, and which file has the format.
+#include "common/launch.h"
+#include "gemm/weight_only.h"
+
+namespace fastkernels {
+
+int64_t packed_bytes(PackedFormat format, int64_t out_size, int64_t in_size) {
+    return (out_size + kUnitRows - 1) / kUnitRows * ((in_size + kUnitSize - 1) / kUnitSize) * unit_bytes(format);
+}
+
+void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
+    if (p.num_tokens == 0 || p.out_size == 0) {
+        return;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.packed);
+    check(
+        address % 16 == 0 && (p.in_size | p.x_token_stride) % 8 == 0,
+        "weight_only_linear: x and packed must be aligned to 16 bytes, and in_size and the stride of x multiples of 8");
+    check(p.tactic >= 0 && p.tactic <= kWeightOnlyTactics, "weight_only_linear: tactic is ", p.tactic,
+          ", but there are 1 to ", kWeightOnlyTactics, ", and 0 chooses");
+    switch (p.format) {
+        case PackedFormat::int4_g128:
+        case PackedFormat::int4_g64:
+        case PackedFormat::int4_g32: return weight_only_int4(p, stream);
+        case PackedFormat::int4_g128_zeros:
+        case PackedFormat::int4_g64_zeros:
+        case PackedFormat::int4_g32_zeros: return weight_only_int4_zeros(p, stream);
+        case PackedFormat::int8:
+        case PackedFormat::e4m3:
+        case PackedFormat::e4m3_block: return weight_only_byte(p, stream);
+        case PackedFormat::nvfp4:
+        case PackedFormat::mxfp4: return weight_only_fp4(p, stream);
+        default: fail("weight_only_linear: format ", static_cast<int>(p.format), " is none of 0 to 10");
+    }
+}
+
+}  // namespace fastkernels

@@ -1,0 +1,317 @@
+"""Matrix products with a weight of 4 or 8 bits that was repacked for the GPU's tensor cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastkernels.ops.checks import (
+    as_tensor,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_last_contiguous,
+    check_shape,
+    register_mutating_fake,
+    require,
+)
+
+register_mutating_fake("weight_only_linear")
+
+# In the order of PackedFormat in csrc/include/fastkernels/gemm.h; the bytes of a unit's scales
+PACKED_FORMATS: dict[str, int] = {
+    "int4-g128": 32,
+    "int4-g64": 64,
+    "int4-g32": 128,
+    "int4-g128-zeros": 48,
+    "int4-g64-zeros": 96,
+    "int4-g32-zeros": 192,
+    "int8": 0,
+    "e4m3": 0,
+    "e4m3-block": 16,
+    "nvfp4": 128,
+    "mxfp4": 64,
+}
+WEIGHT_ONLY_TACTICS = 6
+ROWS, SIZE = 16, 128  # of a unit
+MAX_IN_SIZE = 1 << 17
+_CHUNK = 1 << 24  # elements that are repacked at once
+_ONE_E8M0 = 245  # the code of the row's largest MXFP4 scale
+_E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))  # of a half: sign, magnitude
+
+
+@dataclass(frozen=True)
+class RepackedWeight:
+    """What ``repack_for_cuda`` makes; csrc/gemm/weight_only.h draws it.
+
+    packed:      uint8 [ceil(out_size / 16), ceil(in_size / 128), unit_bytes(packed_format)]
+    row_factors: fp32 [out_size]
+    permutation: int64 [in_size], or None: column i of the weight is for column permutation[i] of x
+    """
+
+    packed: Tensor
+    row_factors: Tensor
+    packed_format: str
+    out_size: int
+    in_size: int
+    permutation: Tensor | None = None
+
+
+def unit_bytes(packed_format: str) -> int:
+    data = 2048 if packed_format.startswith(("int8", "e4m3")) else 1024
+    return data + PACKED_FORMATS[packed_format]
+
+
+def packed_shape(packed_format: str, out_size: int, in_size: int) -> tuple[int, int, int]:
+    return -(-out_size // ROWS), -(-in_size // SIZE), unit_bytes(packed_format)
+
+
+def packed_format_of(
+    weight_type: str, block: tuple[int, int], in_size: int, has_zeros: bool, scale_dtype: torch.dtype
+) -> str:
+    """The layout for a weight that ``quantized_linear`` takes. Raises ValueError for one that has none."""
+    op, (rows, size) = "repack_for_cuda", block
+    whole = rows == 1 and size >= in_size
+    if weight_type == "int4" and (whole or (rows == 1 and (size in (32, 64) or size % 128 == 0))):
+        group = 128 if whole else min(size, 128)
+        return f"int4-g{group}{'-zeros' if has_zeros else ''}"
+    if weight_type == "int8" and whole:
+        return "int8"
+    if weight_type == "e4m3" and whole:
+        return "e4m3"
+    if weight_type == "e4m3" and block == (128, 128):
+        return "e4m3-block"
+    if weight_type == "e2m1" and block == (1, 16) and scale_dtype == torch.float8_e4m3fn:
+        return "nvfp4"
+    if weight_type == "e2m1" and block == (1, 32) and scale_dtype == torch.uint8:
+        return "mxfp4"
+    raise ValueError(
+        f"{op}: weight is {weight_type} with blocks of {rows} x {size} and {scale_dtype} scales, but the op "
+        "takes int4 with a scale a row or for 32, 64 or a multiple of 128 neighbours, int8 with a scale a "
+        "row, e4m3 with a scale a row or for 128 x 128, and e2m1 with an e4m3 scale for 16 or an exponent "
+        "for 32"
+    )
+
+
+def repack_for_cuda(
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    weight_type: str,
+    block: tuple[int, int] | None = None,
+    zeros: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    permutation: Tensor | None = None,
+) -> RepackedWeight:
+    """The weight in the order that the GPU's kernel streams it; arguments as ``quantized_linear`` takes them.
+
+    permutation: int64 [in_size]: column i of the weight is for column permutation[i] of x (activation order)
+    Every value stays what it is, but scales of groups of int4 are rounded to 11 bits (those in bf16 and fp16
+    have no more), and to multiples of 2^-25 of the row's largest; MXFP4 blocks below 2^-244 of the row's
+    largest become zero. Runs where the weight is, once, at load; it waits for the GPU.
+    Raises ValueError for a format that the kernel has not, and for NaN or infinity in scales or weights.
+    """
+    codes_a_byte = 2 if weight_type in ("int4", "e2m1") else 1
+    out_size, in_size = weight.shape[0], weight.shape[1] * codes_a_byte
+    rows, size = block or (1, in_size)
+    packed_format = packed_format_of(weight_type, (rows, size), in_size, zeros is not None, scales.dtype)
+    bad = scales == 255 if scales.dtype == torch.uint8 else ~torch.isfinite(scales.float())
+    bad = bad.any() | (weight_type == "e4m3" and (weight.view(torch.uint8) & 127 == 127).any())
+    require(
+        not bool(bad), "repack_for_cuda: weight or scales hold NaN or infinity, but the op takes finite ones"
+    )
+
+    step = max(_CHUNK // max(in_size, 1) // 128, 1) * 128  # rows at once: what the copies take stays small
+    packed = torch.empty(
+        packed_shape(packed_format, out_size, in_size), dtype=torch.uint8, device=weight.device
+    )
+    row_factors = torch.empty(out_size, dtype=torch.float32, device=weight.device)
+    whole = 1.0 if global_scale is None else global_scale.double()
+    for begin in range(0, out_size, step):
+        part = slice(begin, begin + step)
+        some = weight[part].view(torch.uint8)
+        of_scales = scales[begin // rows : -(-(begin + step) // rows)]
+        if weight_type == "int4":
+            data, factors = _int4(
+                some, of_scales, None if zeros is None else zeros[part], size, packed_format
+            )
+        elif weight_type == "e2m1":
+            data, factors = _e2m1(some, of_scales)
+        else:
+            data, factors = _bytes(some, of_scales, packed_format)
+        packed[begin // ROWS : begin // ROWS + len(data)] = data
+        row_factors[part] = (factors * whole).float()
+    return RepackedWeight(packed, row_factors, packed_format, out_size, in_size, permutation)
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight: RepackedWeight,
+    bias: Tensor | None = None,
+    *,
+    tactic: int = 0,
+    constant_weight: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is, for few tokens at the speed of reading W.
+
+    x:      [num_tokens, in_size] bf16 | fp16; last dimension contiguous, rows begin on 16 bytes, in_size a
+            multiple of 8 up to 131072
+    weight: of ``repack_for_cuda``; with a permutation x is gathered first, by torch
+    bias:   [out_size], dtype of x, or None
+    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how K is split and how many rows a block takes
+    constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
+            first units are then read while the kernel before this one ends
+    out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
+    Returns out. Weights are exact in registers, sums in fp32, rounded once; bitwise repeatable; with a
+    given tactic and up to 8, 16, 32 or 64 tokens a token's result does not depend on the others; safe in a
+    CUDA graph.
+    Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
+    Kernel: csrc/gemm/weight_only.cuh
+    """
+    op = "weight_only_linear"
+    x = as_tensor(x)
+    in_size, out_size = weight.in_size, weight.out_size
+    require(
+        x.is_cuda, f"{op}: x is on {x.device}, but the op runs on CUDA only; quantized_linear on the CPU too"
+    )
+    check_dtype(op, "x", x, (torch.bfloat16, torch.float16))
+    check_shape(op, "x", x, (None, in_size), f"[num_tokens, {in_size}], by the weight")
+    require(
+        in_size % 8 == 0 and 0 < in_size <= MAX_IN_SIZE,
+        f"{op}: in_size is {in_size}, but the op takes multiples of 8 up to {MAX_IN_SIZE}",
+    )
+    if weight.permutation is not None:
+        x = x.index_select(1, weight.permutation)
+    shape = (x.shape[0], out_size)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else as_tensor(out)
+    check_shape(op, "out", out, shape, "[num_tokens, out_size]")
+    check_dtype(op, "out", out, (x.dtype,))
+    if bias is not None:
+        bias = as_tensor(bias)
+        check_shape(op, "bias", bias, (out_size,), "[out_size]")
+        check_dtype(op, "bias", bias, (x.dtype,))
+    check_device(op, x=x, packed=weight.packed, row_factors=weight.row_factors, bias=bias, out=out)
+    check_last_contiguous(op, x=x, bias=bias, out=out)
+    check_contiguous(op, packed=weight.packed, row_factors=weight.row_factors)
+    require(
+        0 <= tactic <= WEIGHT_ONLY_TACTICS,
+        f"{op}: tactic is {tactic}, but there are 1 to {WEIGHT_ONLY_TACTICS}, and 0 chooses",
+    )
+    torch.ops.fastkernels.weight_only_linear(
+        x,
+        weight.packed,
+        weight.row_factors,
+        bias,
+        list(PACKED_FORMATS).index(weight.packed_format),
+        tactic,
+        constant_weight,
+        out,
+    )
+    return out
+
+
+# --- The units' bytes: k is 64 u + 32 s + 8 t + 4 j + 2 p + low (8 bits: 32 u + 8 t + ...), row 8 half + g -
+
+
+def _whole(values: Tensor, size: int, fill: int | float = 0) -> Tensor:
+    """Rows to a multiple of 16, and ``size`` columns: [tiles, 2 (half), 8 (g), size]."""
+    rows, columns = values.shape
+    return pad(values, (0, size - columns, 0, -rows % ROWS), value=fill).unflatten(0, (-1, 2, 8))
+
+
+def _chunks(in_size: int) -> int:
+    return -(-in_size // SIZE)
+
+
+def _codes(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+
+
+def _by_lane(codes: Tensor) -> Tensor:
+    """4 bits, [tiles, half, g, size] -> [tiles, chunk, u, g, t, s, j, low, p, half]."""
+    split = codes.unflatten(3, (-1, 2, 2, 4, 2, 2, 2))  # chunk u s t j p low
+    return split.permute(0, 3, 4, 2, 6, 5, 7, 9, 8, 1)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """[tiles, chunk, ...] -> [tiles, chunk, bytes]"""
+    return values.contiguous().view(torch.uint8).flatten(2)
+
+
+def _int4(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, size: int, packed_format: str
+) -> tuple[Tensor, Tensor]:
+    codes, scales = _codes(packed), scales.double()
+    in_size = codes.shape[1]
+    whole, group = _chunks(in_size) * SIZE, int(packed_format.split("-")[1][1:])
+    if size >= in_size:  # a scale a row: groups of 1
+        factors, scales, times = scales[:, 0], torch.ones_like(scales), whole // group
+    else:
+        factors = torch.exp2(torch.frexp(scales.abs().amax(1).clamp_min(2.0**-126))[1].double())
+        scales, times = scales / factors[:, None], size // group
+    groups = scales.half().repeat_interleave(times, 1)
+    points = (
+        torch.full_like(groups, 8, dtype=torch.uint8) if zeros is None else zeros.repeat_interleave(times, 1)
+    )
+    points = pad(points, (0, whole // group - points.shape[1]), value=8)
+    full = points.repeat_interleave(
+        group, 1
+    )  # what is past the end of K stays at the zero point: a weight of 0
+    full[:, :in_size] = codes
+    nibbles = _by_lane(_whole(full, whole, 8)).flatten(7).unflatten(7, (4, 2))
+    pieces = [_as_bytes(nibbles[..., 0] | nibbles[..., 1] << 4)]
+    of_groups = [groups] if zeros is None else [groups, points]
+    for values in of_groups:  # [tiles, half, g, chunk, group] -> [tiles, chunk, group, g, half]
+        by_row = _whole(values, whole // group).unflatten(3, (-1, SIZE // group))
+        pieces.append(_as_bytes(by_row.permute(0, 3, 4, 2, 1)))
+    return torch.cat(pieces, 2), factors
+
+
+def _e2m1(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    codes = _codes(packed)
+    in_size = codes.shape[1]
+    whole, is_nvfp4 = _chunks(in_size) * SIZE, scales.dtype == torch.float8_e4m3fn
+    if is_nvfp4:
+        given = scales.view(torch.uint8)
+        bits = given & 127
+        spread = (given >> 4 & 8).repeat_interleave(16, 1)  # a scale's sign goes to its weights
+        codes = torch.where((bits == 0).repeat_interleave(16, 1), 0, codes ^ spread)
+        below = torch.tensor([8, 8, 16, 20, 24, 26, 28, 30], dtype=torch.uint8, device=codes.device)
+        bits = torch.where(bits < 8, below[(bits & 7).long()], bits + 24)
+        factors = torch.ones(len(codes), dtype=torch.float64, device=codes.device)
+        by_block = _whole(bits, whole // 16).unflatten(3, (-1, 2, 2, 2)).permute(0, 3, 4, 6, 2, 5, 1)
+    else:
+        largest = scales.amax(1, keepdim=True)
+        bits = (_ONE_E8M0 - (largest.int() - scales.int())).clamp_min(0).to(torch.uint8)
+        factors = torch.exp2(largest[:, 0].double() - 127)
+        by_block = _whole(bits, whole // 32).unflatten(3, (-1, 2, 2)).permute(0, 3, 4, 2, 5, 1)
+    split = _by_lane(_whole(codes, whole))  # ..., low, p, half: pair 2 p + half of a half word
+    table = torch.tensor(
+        [
+            [sum(1 << bit for place, bit in enumerate(bits) if code >> (3 - place) & 1) for code in range(16)]
+            for bits in _E2M1_BITS
+        ],
+        dtype=torch.int32,
+        device=codes.device,
+    ).view(2, 2, 16)
+    words = torch.zeros(split.shape[:-2], dtype=torch.int32, device=codes.device)
+    for p in range(2):
+        for half in range(2):
+            words |= table[p, half][split[..., p, half].int()]
+    pieces = [_as_bytes(words.to(torch.uint16)), _as_bytes(by_block)]
+    return torch.cat(pieces, 2), factors
+
+
+def _bytes(codes: Tensor, scales: Tensor, packed_format: str) -> tuple[Tensor, Tensor]:
+    rows, in_size = codes.shape
+    split = _whole(codes, _chunks(in_size) * SIZE).unflatten(3, (-1, 4, 4, 2, 2, 2))  # chunk u t j p low
+    data = _as_bytes(split.permute(0, 3, 4, 2, 5, 6, 7, 8, 1))  # chunk u g t j p low half
+    if packed_format != "e4m3-block":
+        return data, scales[:, 0].double()
+    by_tile = scales.float().repeat_interleave(128 // ROWS, 0)[: len(data)]
+    ones = torch.ones(rows, dtype=torch.float64, device=codes.device)
+    return torch.cat((data, _as_bytes(pad(by_tile[..., None], (0, 3)))), 2), ones

@@ -1,0 +1,76 @@
+"""A scheme's weights in the layout that the GPU's weight-only kernel streams: repacked as they are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkernels.ops.weight_only import RepackedWeight, packed_format_of, packed_shape, repack_for_cuda
+from fastkernels.quantize.scheme import PartSpec, QuantizationError, Scheme
+
+SUFFIX = "@cuda"
+
+
+@dataclass(frozen=True)
+class Repacked(Scheme):
+    """packed:   uint8, the units of csrc/gemm/weight_only.h
+    row_factors: fp32 [out_size]
+
+    Its name is that of the scheme it repacks with "@cuda" behind it.
+    """
+
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        if self.scheme.activation is not None:
+            raise QuantizationError(
+                f"{self.scheme.name} rounds activations, for which there is no GPU kernel yet; on CUDA there "
+                "are int8-weight, int4 and its endings, nvfp4 and mxfp4"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.scheme.name + SUFFIX
+
+    def block(self, in_size: int) -> tuple[int, int]:
+        return self.scheme.block(in_size)
+
+    def packed_format(self, out_size: int, in_size: int) -> str:
+        parts = self.scheme.parts(out_size, in_size)
+        return packed_format_of(
+            self.scheme.weight_type,
+            self.block(in_size),
+            in_size,
+            "zeros" in parts,
+            parts["scales"].torch_dtype,
+        )
+
+    def parts(self, out_size: int, in_size: int) -> dict[str, PartSpec]:
+        self.require_multiple(in_size, 8, "16 bytes of activations")
+        shape = packed_shape(self.packed_format(out_size, in_size), out_size, in_size)
+        return {"packed": PartSpec(shape, "uint8"), "row_factors": PartSpec((out_size,), "float32")}
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        out_size, in_size = weight.shape
+        self.parts(out_size, in_size)
+        parts = self.scheme.quantize(weight)
+        repacked = repack_for_cuda(
+            parts["packed"],
+            parts["scales"],
+            weight_type=self.scheme.weight_type,
+            block=self.block(in_size),
+            zeros=parts.get("zeros"),
+            global_scale=parts.get("global_scale"),
+        )
+        return {"packed": repacked.packed, "row_factors": repacked.row_factors}
+
+    def repacked(self, packed: Tensor, row_factors: Tensor, in_size: int) -> RepackedWeight:
+        out_size = row_factors.shape[0]
+        return RepackedWeight(packed, row_factors, self.packed_format(out_size, in_size), out_size, in_size)
+
+    def dequantize(self, parts: object, dtype: torch.dtype = torch.float32) -> Tensor:
+        raise QuantizationError(
+            f"{self.name} is a layout for the GPU; dequantize what {self.scheme.name} makes"
+        )

@@ -1,0 +1,21 @@
+#include "emu.h"
+#include "gemm/emulated.cuh"
+using namespace fastkernels;
+template<class T,class F,int NT,int RT> double run(const char*packed_path,PackedFormat f,int M,int N,int K,int splits,int clusters,int stages,const std::vector<double>&w,bool early){
+ int tiles=(N+15)/16,chunks=(K+127)/128; size_t bytes=(size_t)tiles*chunks*unit_bytes(f); char*packed=(char*)aligned_alloc(128,(bytes+127)/128*128); FILE*fp=fopen(packed_path,"rb"); fseek(fp,8,0); if(fread(packed,1,bytes,fp)!=bytes)abort(); fclose(fp);
+ T*x=(T*)aligned_alloc(128,((size_t)M*K*2+127)/128*128); std::vector<float> xf(M*K); for(int i=0;i<M*K;++i){xf[i]=(rand()%257-128)/64.0f; x[i]=T(xf[i]); xf[i]=(float)x[i];}
+ std::vector<float> factors(tiles*16,1.0f); for(int i=0;i<N;++i)factors[i]=0.5f+i%7; std::vector<T> bias(N),out(M*N); for(int i=0;i<N;++i)bias[i]=T((float)(i%5)); memset((void*)out.data(),0xff,out.size()*2);
+ WeightOnlyArgs args{}; auto&p=args.p; p.x=x;p.packed=(uint8_t*)packed;p.row_factors=factors.data();p.bias=bias.data();p.out=out.data();p.num_tokens=M;p.in_size=K;p.out_size=N;p.x_token_stride=K;p.out_token_stride=N;p.constant_weight=true; args.num_stages=stages;args.num_clusters=clusters;
+ emu::early=early; emu::w_low=packed;emu::w_high=packed+bytes;emu::x_low=(char*)x;emu::x_high=(char*)(x+(size_t)M*K);
+ using S=WeightShape<F,NT,RT>; int kept=splits>1?(tiles+clusters-1)/clusters:0, sb=S::shared_bytes(stages,kept);
+ for(int y=0;y<(M+NT*8-1)/(NT*8);++y) for(int c=0;c<clusters;++c){ emu::Cluster cl; cl.size=splits; std::barrier<> call(splits*256); cl.all=&call; std::vector<std::unique_ptr<emu::Block>> blocks; std::vector<std::unique_ptr<std::barrier<>>> bars; std::vector<std::thread> th;
+  for(int r=0;r<splits;++r){auto b=std::make_unique<emu::Block>(); b->shared=(char*)aligned_alloc(128,(sb+127)/128*128); memset(b->shared,0xff,sb); b->bytes=S::kStageBytes*stages*8; b->x=c*splits+r;b->y=y;b->rank=r;b->cluster=&cl; bars.push_back(std::make_unique<std::barrier<>>(256)); b->all=bars.back().get(); cl.blocks.push_back(b.get()); blocks.push_back(std::move(b));}
+  for(auto&b:blocks) for(int t=0;t<256;++t) th.emplace_back([&,t,bp=b.get()]{emu::me={t,bp,&bp->warps[t/32]}; weight_only_kernel<T,F,NT,RT,1>(args);});
+  for(auto&t:th)t.join(); for(auto&b:blocks)free(b->shared);}
+ double worst=0; for(int m=0;m<M;++m)for(int n=0;n<N;++n){double s=0,a=0;for(int k=0;k<K;++k){double v=w[(size_t)n*chunks*128+k]*xf[m*K+k];s+=v;a+=fabs(v);} s=s*factors[n]+(n%5); a=a*factors[n]+n%5; double d=fabs((double)(float)out[m*N+n]-s); double rel=(d-fabs(s)*0.0041)/(a*1e-5+1e-6); if(!(rel<=worst))worst=rel;}
+ free(packed);free(x); return worst; }
+int main(int argc,char**argv){ const char*path=argv[1]; std::string f=argv[2]; int32_t size[2]; FILE*fp=fopen(path,"rb"); if(fread(size,4,2,fp)!=2)return 1; int rows=size[0]*16,K=size[1]*128; int fmt=atoi(argv[3]); PackedFormat pf=(PackedFormat)fmt; fseek(fp,8+(size_t)size[0]*size[1]*unit_bytes(pf),0); std::vector<double> v((size_t)rows*K),s(v.size()); if(fread(v.data(),8,v.size(),fp)!=v.size()||fread(s.data(),8,s.size(),fp)!=s.size())return 1; for(size_t i=0;i<v.size();++i)v[i]*=s[i];
+ int bad=0; auto go=[&]<class T,class F,int NT,int RT>(int M,int N,int Kx,int splits,int clusters,int stages){ for(bool e:{false,true}){double r=run<T,F,NT,RT>(path,pf,M,N,Kx,splits,clusters,stages,v,e); printf("%s NT%d RT%d M%d N%d K%d splits %d clusters %d stages %d %s: %s (%.2g)\n",f.c_str(),NT,RT,M,N,Kx,splits,clusters,stages,e?"early":"late",r<=1?"OK":"BAD",r); bad+=!(r<=1);} };
+ auto all=[&]<class F>(){ constexpr int R=F::kPieces==2?4:2; go.template operator()<bf16,F,1,R>(3,rows-5,K,2,2,3); go.template operator()<fp16,F,2,R*2>(9,rows,K,1,1,2); go.template operator()<bf16,F,1,R>(8,rows,K,1,3,4); if(argc>4){ go.template operator()<bf16,F,4,4>(20,rows,K,2,1,2); go.template operator()<bf16,F,8,2>(70,rows,K,1,2,2); go.template operator()<bf16,F,1,R>(1,rows,K,4,1,2);} };
+ if(f=="int4-g128")all.template operator()<Int4<128,false>>(); else if(f=="int4-g32-zeros")all.template operator()<Int4<32,true>>(); else if(f=="e4m3-block")all.template operator()<Byte<false,true>>(); else if(f=="int8")all.template operator()<Byte<true>>(); else if(f=="nvfp4")all.template operator()<E2m1<16>>(); else return 1;
+ return bad; }

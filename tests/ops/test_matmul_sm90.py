@@ -1,0 +1,238 @@
+"""The Hopper kernel of large products: linear with a tactic, and quantized_linear on CUDA, every tactic."""
+
+import pytest
+import torch
+
+from fastkernels import ops
+from fastkernels.ops import reference
+from fastkernels.ops.gemm import NUM_MATMUL_TACTICS, matmul_workspace
+from tests.conftest import CUDA_REASON
+from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
+
+pytestmark = [
+    pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON)),
+    pytest.mark.skipif(
+        CUDA_REASON is None and torch.cuda.get_device_capability() != (9, 0),
+        reason="the kernel is for Hopper GPUs",
+    ),
+]
+
+TACTICS = list(range(-1, NUM_MATMUL_TACTICS))
+FAST_FP8 = (0, 1, 2, 3)  # tiles of 256 columns: sums of e4m3 with about 14 bits
+NOT_BY_BLOCKS = (0, 1, 2, 3, 14, 15)
+ONLY_FP8 = (18, 19)  # tiles of 256 rows
+TACTICS_16_BITS = [tactic for tactic in TACTICS if tactic not in ONLY_FP8]
+TOKENS = [1, 2, 7, 17, 24, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300]
+SIZES = [  # out_size, in_size; tiles are 32 to 256, chunks of K 64 or 128
+    (8, 16),
+    (72, 64),
+    (128, 80),
+    (136, 1040),
+    (264, 192),
+    (1000, 528),
+    (4104, 1024),
+]
+# scheme -> weight_type, rows of a block (0: all), its size (0: all), activation
+SCHEMES = {
+    "fp8": ("e4m3", 1, 0, "e4m3"),
+    "fp8-one-scale": ("e4m3", 0, 0, "e4m3"),
+    "fp8-block": ("e4m3", 128, 128, "e4m3-block"),
+    "int8": ("int8", 1, 0, "int8"),
+}
+
+
+@pytest.fixture(scope="module")
+def workspace():
+    return matmul_workspace(torch.device("cuda"))
+
+
+def operands(num_tokens, out_size, in_size, dtype):
+    x = torch.randn(num_tokens, in_size, device="cuda", dtype=dtype)
+    weight = torch.randn(out_size, in_size, device="cuda", dtype=dtype) * in_size**-0.5
+    return x, weight, torch.randn(out_size, device="cuda", dtype=dtype)
+
+
+def quantized_operands(scheme, num_tokens, out_size, in_size, dtype):
+    weight_type, rows, size, activation = SCHEMES[scheme]
+    rows, size = rows or out_size, size or in_size
+    if weight_type == "int8":
+        weight, spread = torch.randint(-128, 128, (out_size, in_size)).to(torch.int8), 74.0
+    else:
+        weight, spread = torch.randn(out_size, in_size).mul(20).to(torch.float8_e4m3fn), 20.0
+    scales = torch.rand(-(-out_size // rows), -(-in_size // size)).add(0.5) / (spread * in_size**0.5)
+    return {
+        "x": torch.randn(num_tokens, in_size, device="cuda", dtype=dtype),
+        "weight": weight.cuda(),
+        "scales": scales.cuda(),
+        "bias": torch.randn(out_size, device="cuda", dtype=dtype),
+        "weight_type": weight_type,
+        "block": (rows, size),
+        "activation": activation,
+    }
+
+
+def exact_quantized(given, dtype=torch.float64):
+    """In float64 (or dtype) from the bytes that the product is of, on the CPU."""
+    on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    return reference.quantized_linear(**on_cpu, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tactic", TACTICS_16_BITS)
+def test_linear_matches_reference(tactic, dtype, workspace):
+    for out_size, in_size in SIZES:
+        for num_tokens in TOKENS:
+            x, weight, bias = operands(num_tokens, out_size, in_size, dtype)
+            for b in (None, bias):
+                out = poisoned(num_tokens, out_size, dtype=dtype, device="cuda")
+                assert ops.linear(x, weight, b, tactic=tactic, workspace=workspace, out=out) is out
+                exact = reference.linear(x.double(), weight.double(), None if b is None else b.double())
+                assert_as_good_as_torch(out, reference.linear(x, weight, b), exact)
+                assert_similar(out, exact, 1e-5)
+            again = ops.linear(x, weight, bias, constant_weight=True, tactic=tactic, workspace=workspace)
+            assert torch.equal(out, again), "two runs differ"
+
+
+@pytest.mark.parametrize("tactic", TACTICS_16_BITS)
+def test_every_number_of_tokens(tactic, workspace):
+    weight = torch.randn(200, 136, device="cuda", dtype=torch.bfloat16)
+    every = torch.randn(300, 136, device="cuda", dtype=torch.bfloat16)
+    exact = every.double() @ weight.double().t()
+    for num_tokens in range(1, 301):
+        out = poisoned(num_tokens, 200, dtype=torch.bfloat16, device="cuda")
+        ops.linear(every[:num_tokens], weight, tactic=tactic, workspace=workspace, out=out)
+        assert_similar(out, exact[:num_tokens], 1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_quantized_linear_matches_reference(tactic, scheme, workspace):
+    if (scheme == "fp8-block" and tactic in NOT_BY_BLOCKS) or (scheme == "int8" and tactic in ONLY_FP8):
+        given = quantized_operands(scheme, 2, 128, 128, torch.bfloat16)
+        with pytest.raises(Exception, match="there is no tile"):
+            ops.quantized_linear(**given, tactic=tactic, workspace=workspace)
+        return
+    for index, (out_size, in_size) in enumerate(SIZES):
+        for num_tokens in TOKENS[index % 2 :: 2]:
+            dtype = torch.bfloat16 if num_tokens % 2 else torch.float16
+            size = -(-in_size // 128) * 128 if scheme == "fp8-block" else in_size
+            given = quantized_operands(scheme, num_tokens, out_size, size, dtype)
+            for bias in (None, given["bias"]):
+                given["bias"] = bias
+                out = poisoned(num_tokens, out_size, dtype=dtype, device="cuda")
+                result = ops.quantized_linear(**given, tactic=tactic, workspace=workspace, out=out)
+                assert result is out
+                exact = exact_quantized(given)
+                if given["weight_type"] == "e4m3" and tactic in FAST_FP8:
+                    assert torch.isfinite(out).all()
+                    assert_similar(out.cpu(), exact, 1e-3)
+                else:
+                    assert_as_good_as_torch(out, exact_quantized(given, dtype), exact)
+                    assert_similar(out.cpu(), exact, 1e-5)
+            again = ops.quantized_linear(**given, constant_weight=True, tactic=tactic, workspace=workspace)
+            assert torch.equal(out, again), "two runs differ"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_long_rows(scheme, workspace):
+    """K = 16k: what sums of 14 bits would cost, shows."""
+    for num_tokens in (64, 300):
+        given = quantized_operands(scheme, num_tokens, 520, 16384, torch.float16)
+        out = ops.quantized_linear(**given, workspace=workspace)
+        exact = exact_quantized(given)
+        assert_similar(out.cpu(), exact, 1e-5)
+
+
+@pytest.mark.parametrize("tactic", [-1, 1, 6, 9, 13, 15])
+def test_llama_shapes(tactic, workspace):
+    for out_size, in_size in ((6144, 4096), (4096, 14336)):
+        for num_tokens in (32, 64, 128, 1000):
+            x, weight, bias = operands(num_tokens, out_size, in_size, torch.bfloat16)
+            out = poisoned(num_tokens, out_size, dtype=torch.bfloat16, device="cuda")
+            ops.linear(x, weight, bias, tactic=tactic, workspace=workspace, out=out)
+            exact = reference.linear(x.double(), weight.double(), bias.double())
+            assert_as_good_as_torch(out, reference.linear(x, weight, bias), exact)
+            for _ in range(3):
+                again = ops.linear(x, weight, bias, tactic=tactic, workspace=workspace)
+                assert torch.equal(out, again), "two runs differ"
+
+
+@pytest.mark.parametrize("tactic", TACTICS_16_BITS)
+def test_strides(tactic, workspace):
+    wide_x = torch.randn(70, 512, device="cuda", dtype=torch.bfloat16)
+    wide_weight = torch.randn(200, 384, device="cuda", dtype=torch.bfloat16)
+    wide_out = poisoned(70, 256, dtype=torch.bfloat16, device="cuda")
+    x, weight, out = wide_x[:, 64:320], wide_weight[:, 8:264], wide_out[:, 16:216]
+    ops.linear(x, weight, tactic=tactic, workspace=workspace, out=out)
+    plain = ops.linear(x.contiguous(), weight.contiguous(), tactic=tactic, workspace=workspace)
+    assert torch.equal(out, plain)
+    assert wide_out[:, :16].isnan().all() and wide_out[:, 216:].isnan().all()
+
+
+@pytest.mark.parametrize("tactic", TACTICS_16_BITS)
+def test_nan_stays_in_its_token_and_row(tactic, workspace):
+    x, weight, _ = operands(129, 264, 200, torch.bfloat16)
+    clean = ops.linear(x, weight, tactic=tactic, workspace=workspace)
+    x[100, 3], weight[130, 5] = torch.nan, torch.inf
+    out = ops.linear(x, weight, tactic=tactic, workspace=workspace)
+    assert out[100].isnan().all() and not out[:, 130].isfinite().any()
+    keep = torch.ones(129, 264, dtype=torch.bool, device="cuda")
+    keep[100], keep[:, 130] = False, False
+    assert torch.equal(out[keep], clean[keep])
+
+
+@pytest.mark.parametrize("tactic", [-1, 0, 9, 13])
+def test_in_a_graph_behind_other_kernels(tactic, workspace):
+    """Dependent launches: x is written by the kernel before, and the workspace used by all of them."""
+    x, weight, _ = operands(64, 1024, 1024, torch.bfloat16)
+    weights = [torch.randn_like(weight) * 1024**-0.5 for _ in range(6)]
+
+    def chain():
+        y = x
+        for w in weights:
+            y = ops.linear(y, w, constant_weight=True, tactic=tactic, workspace=workspace)
+            y = ops.rms_norm(y, norm)
+        return y
+
+    norm = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
+    expected = chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(20):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_more_than_2_31_elements(workspace):
+    num_tokens, out_size, in_size = 80_000, 27_136, 64
+    x, weight, _ = operands(num_tokens, out_size, in_size, torch.bfloat16)
+    out = poisoned(num_tokens, out_size, dtype=torch.bfloat16, device="cuda")
+    ops.linear(x, weight, tactic=-1, workspace=workspace, out=out)
+    for rows in (slice(0, 200), slice(79_134, 79_150), slice(num_tokens - 200, num_tokens)):
+        assert_similar(out[rows], x[rows].double() @ weight.double().t(), 1e-5)
+    assert torch.isfinite(out[::997]).all()
+
+
+def test_nothing_to_do(workspace):
+    x, weight, _ = operands(5, 64, 64, torch.bfloat16)
+    assert ops.linear(x[:0], weight, tactic=-1, workspace=workspace).shape == (0, 64)
+    assert ops.linear(x, weight[:0], tactic=-1, workspace=workspace).shape == (5, 0)
+
+
+def test_refuses(workspace):
+    x, weight, _ = operands(40, 64, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="tactic is 20, but the op takes 0 to 19, and -1"):
+        ops.linear(x, weight, tactic=20, workspace=workspace)
+    with pytest.raises(Exception, match="rows must be aligned to 16 bytes"):
+        ops.linear(x, weight[:60], tactic=-1, workspace=workspace)
+    with pytest.raises(Exception, match="workspace must have"):
+        ops.linear(x, weight, tactic=-1, workspace=workspace[:1000])
+    given = quantized_operands("fp8", 3, 64, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="on CUDA: activation is None, but the op takes 'int8', 'e4m3'"):
+        ops.quantized_linear(**{**given, "activation": None})
+    with pytest.raises(ValueError, match="on CUDA: scales is bf16, but the op takes fp32"):
+        ops.quantized_linear(**{**given, "scales": given["scales"].bfloat16()})
+    with pytest.raises(ValueError, match=r"block is \(1, 64\), but with 'e4m3-block' the op takes"):
+        ops.quantized_linear(**{**given, "activation": "e4m3-block"})
