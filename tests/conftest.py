@@ -45,6 +45,15 @@ if os.environ.get("FASTKERNELS_REFERENCE_ON_CPU"):  # compute-sanitizer's racech
         setattr(reference, _name, _on_the_cpu(getattr(reference, _name)))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every n-th test alone: compute-sanitizer takes minutes for a file of them (tools/gpu_check.sh)."""
+    n = int(os.environ.get("FASTKERNELS_EVERY_NTH_TEST", "1"))
+    if n > 1:
+        selected = [item for item in items if "cpu" not in item.name][::n]
+        config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+        items[:] = selected
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -3,7 +3,8 @@
 #
 #   tools/gpu_check.sh build              CMake and Ninja, for the GPU that is there, into python/fastkernels
 #   tools/gpu_check.sh test [PYTEST ARGS] all tests, a process a file, JOBS files at a time
-#   tools/gpu_check.sh sanitize           memcheck, racecheck and synccheck of every kernel, over the op tests
+#   tools/gpu_check.sh sanitize           memcheck, racecheck and synccheck of every kernel, over the op tests;
+#                                         TOOLS: some of the three, NTH: every n-th test
 #   tools/gpu_check.sh all                the three of them
 #
 # Beside torch it needs cmake, ninja, pybind11, and for the tests pytest, pytest-timeout, hypothesis, typer
@@ -14,13 +15,11 @@ out=${OUT:-build/gpu_check}
 jobs=${JOBS:-8}
 mkdir -p "$out"
 export PYTHONPATH=$PWD/python${PYTHONPATH:+:$PYTHONPATH}
-# Every kernel of the library lies in this namespace, and no other does.
-kernels='kns=fastkernels'
 
 build() {
   local architecture
   architecture=$(python3 -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9) + "-real")')
-  cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v python3)" -DFASTKERNELS_CUDA=ON \
+  CXX=$(command -v g++) cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v python3)" -DFASTKERNELS_CUDA=ON \
     -DFASTKERNELS_CUDA_ARCHITECTURES="$architecture" >"$out/cmake.log" || { cat "$out/cmake.log"; return 1; }
   ninja -C build/gpu >"$out/build.log" || { grep -A8 -E 'error|FAILED' "$out/build.log" | head -60; return 1; }
   cmake --install build/gpu --prefix python >>"$out/build.log"
@@ -34,7 +33,7 @@ run_files() { # name, command..., with {} for the file; files on stdin
   rm -rf "$out/$name"
   mkdir -p "$out/$name"
   xargs -P "$jobs" -I{} bash -c '
-    log=$0/$(echo "$1" | tr / _).log; shift
+    log=$0/$(echo "$1" | tr " /" __).log; shift
     "$@" >"$log" 2>&1; rc=$?
     [ $rc -eq 5 ] && rc=0  # pytest: no test was selected
     echo "rc $rc  $(tail -n 1 "$log" | cut -c1-120)  ${log##*/}"
@@ -50,18 +49,22 @@ run_tests() {
     OMP_NUM_THREADS=2 run_files tests python3 -m pytest -p no:cacheprovider --tb=short {} "$@"
 }
 
+# racecheck takes seconds for a test that launches large grids, so of these files it sees every sixth test.
+slow='attention|paged|sampling|matmul|weight_only'
+
 sanitize() {
   # racecheck breaks the kernels of cuBLAS that the references call ("failed to handle a hardware exception").
   export FASTKERNELS_REFERENCE_ON_CPU=1
-  local tool select failed=0
-  for tool in memcheck racecheck synccheck; do
-    # Under racecheck a test of sampling takes seconds, one of a large vocabulary or of 10,000s of draws minutes.
-    select=cuda
-    [ $tool = racecheck ] &&
-      select='cuda and not distribution and not its_batch and not 128256 and not 26214 and (bfloat16 or not sampling)'
-    find tests/ops -name 'test_*.py' | sort |
-      OMP_NUM_THREADS=2 run_files "$tool" compute-sanitizer --tool "$tool" --kernel-name "$kernels" --error-exitcode 9 \
-        python3 -m pytest -p no:cacheprovider --tb=short -k "$select" --timeout=0 {} || failed=1
+  local tool select nth=${NTH:-1} slow_nth failed=0
+  for tool in ${TOOLS:-memcheck racecheck synccheck}; do
+    select='not cpu' slow_nth=$nth
+    [ $tool = racecheck ] && select='not cpu and not distribution and not its_batch and not 128256 and not 26214' slow_nth=6
+    {
+      find tests/ops -name 'test_*.py' | grep -E "$slow" | sort | sed "s/^/$slow_nth /"
+      find tests/ops -name 'test_*.py' | grep -vE "$slow" | sort | sed "s/^/$nth /"
+    } | OMP_NUM_THREADS=2 run_files "$tool" bash -c 'FASTKERNELS_EVERY_NTH_TEST=${1% *} timeout ${TIME:-600} \
+        compute-sanitizer --tool "$2" --kernel-name kns=fastkernels --error-exitcode 9 \
+        python3 -m pytest -p no:cacheprovider --tb=short -k "$3" --timeout=0 "${1#* }"' sanitize {} "$tool" "$select" || failed=1
     grep -hE '^========= (ERROR SUMMARY|RACECHECK SUMMARY)' "$out/$tool.log" | sort | uniq -c
   done
   return $failed
@@ -74,5 +77,5 @@ case $command in
   test) run_tests "$@" ;;
   sanitize) sanitize ;;
   all) build && run_tests && sanitize ;;
-  *) sed -n '2,10p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,11p' "$0" >&2; exit 2 ;;
 esac

@@ -9,7 +9,6 @@
 // the first and does not wait for it: it reads what kernels before the first wrote, and each block of the first waits
 // for those before it lets dependents start. It does wait at the end, in one block, so that whoever waits for the
 // second has waited for both.
-#include <algorithm>
 #include <bit>
 
 #include "attention/attention_decode.h"
@@ -26,8 +25,6 @@ namespace {
 // With more tokens the memory is busy without it.
 constexpr int64_t kPrefetchTokens = 4;
 
-constexpr int kLargestSharedBytes = 112 * 1024;
-
 constexpr float kLog2e = 1.4426950408889634f;
 
 bool fits_tensor_cores(const AttentionParams& p) {
@@ -39,11 +36,8 @@ bool fits_tensor_cores(const AttentionParams& p) {
                                (p.out_token_stride | p.out_head_stride) * 2;
     const bool has_kernel =
         p.head_dim == 64 || p.head_dim == 80 || p.head_dim == 96 || p.head_dim == 128 || p.head_dim == 256;
-    // The decode kernel of the largest heads wants more shared memory than GPUs of sm_86 and sm_89 have.
-    const bool has_room =
-        p.head_dim <= 128 || device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= kLargestSharedBytes;
-    return has_kernel && has_room && (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.scale > 0.0f &&
-           addresses % 16 == 0 && strides_bytes % 16 == 0;
+    return has_kernel && (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.scale > 0.0f && addresses % 16 == 0 &&
+           strides_bytes % 16 == 0;
 }
 
 AttentionMmaArgs attention_args(const AttentionParams& p) {
@@ -123,7 +117,7 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     const int sms = num_sms();
     a.item_offset = work_map_item_offset(p.num_kv_heads, sms);
     a.prefill_item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
-    a.prefetch_keys = p.num_tokens <= kPrefetchTokens;
+    a.first_wave = p.num_tokens <= kPrefetchTokens ? static_cast<unsigned>(kDecodeBlocksPerSm * sms) : 0;
     const bool planned_for_sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, a.group, p.dtype);
     a.prefill_rows = planned_for_sm90 ? prefill_rows_sm90(p.head_dim, a.group) : prefill_rows(p.head_dim);
     const bool plain_keys = p.kv_dtype == p.dtype, fp8 = takes_fp8_sm90(p);
@@ -133,8 +127,8 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     if (sm90) {
         fp8 ? attention_fp8_sm90(a, stream) : attention_sm90(a, stream);
     }
-    const int64_t units = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms) * p.num_kv_heads;
-    launch_decode(a, dim3(static_cast<unsigned>(std::min<int64_t>(units, kDecodeBlocksPerSm * sms))), stream);
+    const int64_t items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
+    launch_decode(a, dim3(static_cast<unsigned>(items * p.num_kv_heads)), stream);
     if (!sm90 && p.num_tokens * a.group > decode_rows(p.head_dim, a.group)) {
         const int64_t prefill_items = max_prefill_items(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms);
         const dim3 grid(static_cast<unsigned>(prefill_items), static_cast<unsigned>(p.num_kv_heads));

@@ -4,15 +4,13 @@
 //   k, v   the pages of the KV cache, or [num_keys, num_kv_heads, D]: dtype of q, or one byte (e4m3, e5m2, int8) with
 //          a scale for each KV head
 //
-// A unit of work is a decode item of the work map for one KV head: up to 16 * kRowTiles packed rows (row r is token
-// r / group, head r % group) over a range of keys, taken in blocks of 64. Two blocks of 4 warps stay on each SM and do
-// units until there are no more: the first two by their place in the grid, more by a counter. The units of an item's KV
-// heads follow each other, so that what lies together in a page is read at about one time.
-//
-// Warp w owns keys [16w, 16w + 16) of each block and all rows: it fetches its keys into a ring of its own (K and V in
-// turn, cp.async, kRing - 1 half steps ahead, across the end of a unit too) and multiplies by them, so no warp waits
-// for another before the end of the unit, when they merge their (max, sum, O) through the ring's free slots. Rows of
-// shared memory are an odd number of 16-byte pieces long: ldmatrix and cp.async meet no bank conflict.
+// A block of 4 warps owns one decode item of the work map for one KV head: up to 16 * kRowTiles packed rows (row r is
+// token r / group, head r % group) over a range of keys, taken in blocks of 64. Warp w owns keys [16w, 16w + 16) of
+// each block and all rows: it fetches its keys into a ring of its own (K and V in turn, cp.async, kRing - 1 half steps
+// ahead) and multiplies by them, so no warp waits for another before the end, when they merge their (max, sum, O)
+// through shared memory. Rows of shared memory are an odd number of 16-byte pieces long: ldmatrix and cp.async meet no
+// bank conflict. Blocks of the KV heads of one item follow each other, so that what lies together in a page is read at
+// about one time.
 //
 // One-byte keys and values become fp16 in registers, exactly. ldmatrix moves pairs of bytes: a lane gets four
 // neighbouring dimensions of a key, and q is laid out to match; of V it gets two neighbouring dimensions of two keys,
@@ -60,16 +58,16 @@ struct DecodeShape {
     static constexpr int kStride = (kPieces | 1) * 16;  // bytes between rows in shared memory
     static constexpr int kSlot = kWarpKeys * kStride;   // bytes of a warp's part of a block of K or of V
     static constexpr int kBlocksPerSm = kDecodeBlocksPerSm;
-    static constexpr bool kSharedQ = kRowTiles > 1 || D > 128;  // fragments in shared memory, not in registers
-    static constexpr int kQBytes = kSharedQ ? kRowTiles * D / 16 * 32 * 16 : 0;
-    static constexpr int kMergeStride = D + 8;                                      // floats
-    static constexpr int kMergeRows = std::min(kRows, kSlot / (kMergeStride * 4));  // that a slot has room for
-    // Two blocks fit an SM of 227 KB; one of 99 KB, but for the largest heads.
-    static constexpr int kRoom = (D <= 128 ? 99 * 1024 - 2048 : 110 * 1024) - kQBytes;
+    static constexpr int kQBytes = kRowTiles == 1 ? 0 : kRowTiles * D / 16 * 32 * 16;  // fragments, shared by the warps
+    static constexpr int kMergeStride = D + 8;                                         // floats
+    static constexpr int kMergeBytes = kRows * kMergeStride * 4;                       // of a warp
+    // Two blocks fit an SM of 227 KB, one of 99 KB.
+    static constexpr int kRoom = 99 * 1024 - kQBytes;
     static constexpr int kRing = std::min(10, kRoom / (kWarps * kSlot));
-    static constexpr int kWarpBytes = kRing * kSlot;
+    static constexpr int kWarpBytes = std::max(kRing * kSlot, kMergeBytes);
     static constexpr int kSharedBytes = kWarps * kWarpBytes + kQBytes;
-    static_assert(kRing >= 3 && kMergeRows > 0);
+    static_assert(kRing >= 3);
+    static_assert(kMaxCombinedRows * 4 <= kSharedBytes);
 };
 
 // Fetches a warp's 16 keys of each block. In pages of 16 keys and more they lie in one page, one after the other: the
@@ -78,21 +76,17 @@ struct DecodeShape {
 // key end - 1 is looked up.
 template <typename Shape>
 struct KeyLoader {
-    const int32_t* pages;  // null: contiguous
-    bool whole_pages;      // of 16 keys and more
-    int first_key, end;    // the warp's keys of block j are [first_key + 64 j, first_key + 64 j + 16)
-    int kv_head, k_begin;
-    int these_pages, next_pages;  // of block lane, of 32 blocks and of the next 32
-    const char* k_lane;           // the lane's first piece of row 0 of the pages
-    int64_t v_from_k;             // bytes
-    const char* from;             // the lane's first piece of K, in the block that load_k was last called for
-    uint32_t lane_offset;         // of that piece in a slot
+    const int32_t* pages;                 // null: contiguous
+    bool whole_pages;                     // of 16 keys and more
+    int first_key, end;                   // the warp's keys of block j are [first_key + 64 j, first_key + 64 j + 16)
+    int these_pages = 0, next_pages = 0;  // of block lane, of 32 blocks and of the next 32
+    const char* k_lane;                   // the lane's first piece of row 0 of the pages
+    int64_t v_from_k;                     // bytes
+    const char* from = nullptr;           // the lane's first piece of K, in the block that load_k was last called for
+    uint32_t lane_offset;                 // of that piece in a slot
 
-    __device__ void open(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int head, int warp,
-                         int lane) {
-        constexpr int element_bytes = Shape::kElementBytes;
-        kv_head = head;
-        k_begin = item.k_begin;
+    __device__ KeyLoader(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head, int warp,
+                         int lane, int element_bytes) {
         const char* k = static_cast<const char*>(a.p.k) + kv_head * a.p.k_head_stride * element_bytes;
         const char* v = static_cast<const char*>(a.p.v) + kv_head * a.p.v_head_stride * element_bytes;
         k_lane = k + lane * 16;
@@ -114,7 +108,8 @@ struct KeyLoader {
     }
 
     // slot: this warp's part of it. K of a block comes before its V, blocks in order.
-    __device__ void load_k(const AttentionMmaArgs& a, int block, uint32_t slot, int lane) {
+    __device__ void load_k(const AttentionMmaArgs& a, const WorkItem& item, int kv_head, int block, uint32_t slot,
+                           int lane) {
         if (whole_pages) {
             const int key = first_key + block * kTileKeys;
             const int64_t row = static_cast<int64_t>(__shfl_sync(0xffffffffu, these_pages, block)) * a.page_rows +
@@ -126,15 +121,16 @@ struct KeyLoader {
             from = k_lane + row * Shape::kRowBytes;
             copy_run(from, end - key, slot, lane);
         } else {
-            copy_each(a, a.p.k, kv_head * a.p.k_head_stride, a.p.k_token_stride, block, slot, lane);
+            copy_each(a, item, a.p.k, kv_head * a.p.k_head_stride, a.p.k_token_stride, block, slot, lane);
         }
     }
 
-    __device__ void load_v(const AttentionMmaArgs& a, int block, uint32_t slot, int lane) const {
+    __device__ void load_v(const AttentionMmaArgs& a, const WorkItem& item, int kv_head, int block, uint32_t slot,
+                           int lane) {
         if (whole_pages) {
             copy_run(from + v_from_k, end - (first_key + block * kTileKeys), slot, lane);
         } else {
-            copy_each(a, a.p.v, kv_head * a.p.v_head_stride, a.p.v_token_stride, block, slot, lane);
+            copy_each(a, item, a.p.v, kv_head * a.p.v_head_stride, a.p.v_token_stride, block, slot, lane);
         }
     }
 
@@ -168,8 +164,8 @@ struct KeyLoader {
     }
 
     // Key by key; strides in elements.
-    __device__ void copy_each(const AttentionMmaArgs& a, const void* source, int64_t head_offset, int64_t stride,
-                              int block, uint32_t slot, int lane) const {
+    __device__ void copy_each(const AttentionMmaArgs& a, const WorkItem& item, const void* source, int64_t head_offset,
+                              int64_t stride, int block, uint32_t slot, int lane) const {
         constexpr int kElementBytes = Shape::kElementBytes;
 #pragma unroll 1
         for (int piece = lane; piece < kAll; piece += 32) {
@@ -181,71 +177,12 @@ struct KeyLoader {
                 row = static_cast<int64_t>(pages[(key >> a.page_shift) * a.p.page_table_page_stride]) * a.page_rows +
                       (key & (a.p.page_size - 1));
             } else if (valid) {
-                row = k_begin + static_cast<int64_t>(key);
+                row = item.k_begin + static_cast<int64_t>(key);
             }
             cp_async_16(slot + r * Shape::kStride + column,
                         static_cast<const char*>(source) + (head_offset + row * stride) * kElementBytes + column,
                         valid);
         }
-    }
-};
-
-// A warp's ring, and the keys that go into it, unit after unit. Half step 2j of a unit multiplies by K of its block j,
-// half step 2j + 1 by its V.
-template <typename Shape>
-struct KeyRing {
-    KeyLoader<Shape> loader;
-    int half_step = 0, half_steps = 0;  // fetched, and all, of the unit it is at
-    int ahead = 0;                      // fetched and not yet used
-    uint32_t ring, read_slot, write_slot;
-
-    __device__ explicit KeyRing(uint32_t address) : ring(address), read_slot(address), write_slot(address) {
-    }
-
-    __device__ uint32_t next(uint32_t slot) const {
-        return slot == ring + (Shape::kRing - 1) * Shape::kSlot ? ring : slot + Shape::kSlot;
-    }
-
-    // Goes on with another unit, and fetches of it what the ring has room for.
-    __device__ void open(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head) {
-        const int lane = threadIdx.x % 32;
-        half_step = 0;
-        half_steps = 2 * work.num_blocks();
-        loader.open(a, item, work, kv_head, threadIdx.x / 32, lane);
-        __syncwarp();  // the slot used last is free
-#pragma unroll 1
-        for (int i = ahead; i < Shape::kRing - 1; ++i) {
-            fetch(a, lane);
-        }
-    }
-
-    __device__ bool ended() const {
-        return half_step == half_steps;
-    }
-
-    __device__ void fetch(const AttentionMmaArgs& a, int lane) {
-        if (half_step < half_steps) {
-            if (half_step % 2 == 0) {
-                loader.load_k(a, half_step / 2, write_slot, lane);
-            } else {
-                loader.load_v(a, half_step / 2, write_slot, lane);
-            }
-            ++half_step;
-            ++ahead;
-            write_slot = next(write_slot);
-        }
-        cp_async_commit();  // empty or not: waits count groups
-    }
-
-    // Waits for the slot of the next half step, then refills the one used before it.
-    __device__ uint32_t advance(const AttentionMmaArgs& a, int lane) {
-        cp_async_wait<Shape::kRing - 2>();
-        __syncwarp();
-        --ahead;
-        fetch(a, lane);
-        const uint32_t slot = read_slot;
-        read_slot = next(read_slot);
-        return slot;
     }
 };
 
@@ -314,20 +251,50 @@ __device__ __forceinline__ void load_q(const AttentionMmaArgs& a, const Work& wo
     }
 }
 
-// A unit whose keys the ring is at, or has passed. look_ahead() may open another once the ring has ended.
-template <typename KV, int D, int kRowTiles, typename F>
+template <typename KV, int D, int kRowTiles>
 __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
-                                       unsigned char* shared, KeyRing<DecodeShape<KV, D, kRowTiles>>& ring,
-                                       F&& look_ahead) {
+                                       unsigned char* shared) {
     using Shape = DecodeShape<KV, D, kRowTiles>;
     using M = std::conditional_t<kIsByte<KV>, fp16, KV>;  // of the products
-    constexpr int kStride = Shape::kStride;
+    constexpr int kSlot = Shape::kSlot, kStride = Shape::kStride, kRing = Shape::kRing;
     constexpr int kChains = kRowTiles == 1 && D <= 128 ? 2 : 1;  // partial sums of a score, for more products in flight
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, group_row = lane / 4;
+    const int num_blocks = max(0, work.end - work.begin + kTileKeys - 1) / kTileKeys;
+    const uint32_t ring = shared_address(shared + warp * Shape::kWarpBytes);
+
+    // --- The ring: half step 2j multiplies by K of block j, half step 2j + 1 by its V --------------------------------
+    KeyLoader<Shape> loader(a, item, work, kv_head, warp, lane, sizeof(KV));
+    uint32_t write_slot = ring, read_slot = ring;
+    const auto next = [&](uint32_t slot) { return slot == ring + (kRing - 1) * kSlot ? ring : slot + kSlot; };
+    const auto fetch = [&](int half_step) {
+        if (half_step < 2 * num_blocks) {
+            if (half_step % 2 == 0) {
+                loader.load_k(a, item, kv_head, half_step / 2, write_slot, lane);
+            } else {
+                loader.load_v(a, item, kv_head, half_step / 2, write_slot, lane);
+            }
+        }
+        write_slot = next(write_slot);
+        cp_async_commit();
+    };
+    // Waits for the half step's slot, then refills the one read in the half step before.
+    const auto advance = [&](int half_step) {
+        cp_async_wait<kRing - 2>();
+        __syncwarp();
+        fetch(half_step + kRing - 1);
+        const uint32_t slot = read_slot;
+        read_slot = next(read_slot);
+        return slot;
+    };
+#pragma unroll 1
+    for (int half_step = 0; half_step < kRing - 1; ++half_step) {
+        fetch(half_step);
+    }
+
     // --- Queries: each warp's registers, or fragments in shared memory that the warps share --------------------------
-    [[maybe_unused]] uint32_t q_registers[Shape::kSharedQ ? 1 : D / 16][4];
+    [[maybe_unused]] uint32_t q_registers[kRowTiles == 1 ? D / 16 : 1][4];
     auto* q_shared = reinterpret_cast<uint4*>(shared + kWarps * Shape::kWarpBytes);
-    if constexpr (!Shape::kSharedQ) {
+    if constexpr (kRowTiles == 1) {
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
             load_q<KV>(a, work, kv_head, 0, d, lane, q_registers[d]);
@@ -341,7 +308,7 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
         __syncthreads();
     }
     const auto q_fragment = [&](int i, int d, uint32_t (&q)[4]) {
-        if constexpr (!Shape::kSharedQ) {
+        if constexpr (kRowTiles == 1) {
             q[0] = q_registers[d][0];
             q[1] = q_registers[d][1];
             q[2] = q_registers[d][2];
@@ -372,11 +339,9 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     const uint32_t k_lane = kIsByte<KV> ? byte_lane : (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 16;
     const uint32_t v_lane = kIsByte<KV> ? byte_lane : lane % 16 * kStride + lane / 16 * 16;
 
-    const int num_blocks = work.num_blocks();
     for (int block = 0; block < num_blocks; ++block) {
-        look_ahead();
         // S = Q K^T
-        const uint32_t k_slot = ring.advance(a, lane) + k_lane;
+        const uint32_t k_slot = advance(2 * block) + k_lane;
         float s[kRowTiles][2][4];
         {
             float sums[kChains][kRowTiles][2][4] = {};
@@ -488,7 +453,7 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
         }
 
         // O += P V
-        const uint32_t v_slot = ring.advance(a, lane) + v_lane;
+        const uint32_t v_slot = advance(2 * block + 1) + v_lane;
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
             uint32_t b[4];
@@ -507,75 +472,71 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
             }
         }
     }
+    cp_async_wait<0>();
 
-    // --- The warps merge, O through the free slots of their rings, some rows at a time ------------------------------
+    // --- The warps merge through shared memory: O [4][kRows][kMergeStride], each warp's where its ring was -----------
     __shared__ float2 merge_ms[kWarps][Shape::kRows];  // max in powers of 2, sum
-    const float v_scale = scale_of<KV>(a.p.v_scale, kv_head);
-    const int free_slot = static_cast<int>(ring.write_slot - ring.ring);  // in all of them
     __syncwarp();
-    for (int first = 0; first < work.rows; first += Shape::kMergeRows) {
-        const int last = min(work.rows, first + Shape::kMergeRows);
-        auto* merge_o = reinterpret_cast<float*>(shared + warp * Shape::kWarpBytes + free_slot);
+    auto* merge_o = reinterpret_cast<float*>(shared + warp * Shape::kWarpBytes);
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
+    for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = i * 16 + group_row + half * 8;
-                float sum = row_sum[i][half];
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-                if (row >= first && row < last) {
-                    if (quad == 0) {
-                        merge_ms[warp][row] = make_float2(row_max[i][half] * exponent, sum);
-                    }
-                    float* to = merge_o + (row - first) * Shape::kMergeStride;
+        for (int half = 0; half < 2; ++half) {
+            float sum = row_sum[i][half];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int row = i * 16 + group_row + half * 8;
+            if (row < work.rows) {
+                if (quad == 0) {
+                    merge_ms[warp][row] = make_float2(row_max[i][half] * exponent, sum);
+                }
+                float* to = merge_o + row * Shape::kMergeStride;
 #pragma unroll
-                    for (int n = 0; n < D / 16; ++n) {
-                        const float (&even)[4] = o[i][2 * n];
-                        const float (&odd)[4] = o[i][2 * n + 1];
-                        if constexpr (kIsByte<KV>) {
-                            *reinterpret_cast<float4*>(to + n * 16 + quad * 4) =
-                                make_float4(even[half * 2], odd[half * 2], even[half * 2 + 1], odd[half * 2 + 1]);
-                        } else {
-                            *reinterpret_cast<float2*>(to + n * 16 + quad * 2) =
-                                make_float2(even[half * 2], even[half * 2 + 1]);
-                            *reinterpret_cast<float2*>(to + n * 16 + 8 + quad * 2) =
-                                make_float2(odd[half * 2], odd[half * 2 + 1]);
-                        }
+                for (int n = 0; n < D / 16; ++n) {
+                    const float (&first)[4] = o[i][2 * n];
+                    const float (&second)[4] = o[i][2 * n + 1];
+                    if constexpr (kIsByte<KV>) {
+                        *reinterpret_cast<float4*>(to + n * 16 + quad * 4) =
+                            make_float4(first[half * 2], second[half * 2], first[half * 2 + 1], second[half * 2 + 1]);
+                    } else {
+                        *reinterpret_cast<float2*>(to + n * 16 + quad * 2) =
+                            make_float2(first[half * 2], first[half * 2 + 1]);
+                        *reinterpret_cast<float2*>(to + n * 16 + 8 + quad * 2) =
+                            make_float2(second[half * 2], second[half * 2 + 1]);
                     }
                 }
             }
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < (last - first) * (D / 4); i += kThreads) {
-            const int row = first + i / (D / 4), column = i % (D / 4) * 4;
-            float m = kNegInf, sum = 0.0f;
+    }
+    __syncthreads();
+    const float v_scale = scale_of<KV>(a.p.v_scale, kv_head);
+    for (int i = threadIdx.x; i < work.rows * (D / 4); i += kThreads) {
+        const int row = i / (D / 4), column = i % (D / 4) * 4;
+        float m = kNegInf, sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                m = fmaxf(m, merge_ms[w][row].x);
-            }
-            float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int w = 0; w < kWarps; ++w) {
+            m = fmaxf(m, merge_ms[w][row].x);
+        }
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) {
-                const float2 part = merge_ms[w][row];
-                const float weight = exp2_approx(part.x - finite_max(m));
-                sum += weight * part.y;
-                add_scaled(x,
-                           *reinterpret_cast<const float4*>(shared + w * Shape::kWarpBytes + free_slot +
-                                                            ((row - first) * Shape::kMergeStride + column) * 4),
-                           weight);
-            }
-            if (item.num_splits == 1) {
-                store_out<KV>(a, work, kv_head, row, column, x, sum > 0.0f ? v_scale / sum : 0.0f);
-            } else {
-                float* partial = partial_row<D>(a, item, work, kv_head, item.split, row);
-                *reinterpret_cast<float4*>(partial + column) = x;
-                if (column == 0) {
-                    *reinterpret_cast<float2*>(partial + D) = make_float2(m, sum);
-                }
+        for (int w = 0; w < kWarps; ++w) {
+            const float2 part = merge_ms[w][row];
+            const float weight = exp2_approx(part.x - finite_max(m));
+            sum += weight * part.y;
+            add_scaled(x,
+                       *reinterpret_cast<const float4*>(shared + w * Shape::kWarpBytes +
+                                                        (row * Shape::kMergeStride + column) * 4),
+                       weight);
+        }
+        if (item.num_splits == 1) {
+            store_out<KV>(a, work, kv_head, row, column, x, sum > 0.0f ? v_scale / sum : 0.0f);
+        } else {
+            float* partial = partial_row<D>(a, item, work, kv_head, item.split, row);
+            *reinterpret_cast<float4*>(partial + column) = x;
+            if (column == 0) {
+                *reinterpret_cast<float2*>(partial + D) = make_float2(m, sum);
             }
         }
-        __syncthreads();  // the slots, and q where it is shared, are free
     }
 }
 
@@ -584,72 +545,22 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBloc
     attention_decode_kernel(const __grid_constant__ AttentionMmaArgs a) {
     using Shape = DecodeShape<KV, D, kRowTiles>;
     extern __shared__ __align__(16) unsigned char shared[];
-    const int heads = a.p.num_kv_heads, blocks = static_cast<int>(gridDim.x);
+    const int index = static_cast<int>(blockIdx.x) / a.p.num_kv_heads;
+    const int kv_head = static_cast<int>(blockIdx.x) % a.p.num_kv_heads;
     if (!a.beside_prefill) {
-        if (a.prefetch_keys) {
-            prefetch_first_keys<Shape>(a, blockIdx.x / heads, blockIdx.x % heads, sizeof(KV));
+        if (blockIdx.x < a.first_wave) {
+            prefetch_first_keys<Shape>(a, index, kv_head, sizeof(KV));
         }
         pdl_wait();
     }
     pdl_launch_dependents();
-    const auto* items = reinterpret_cast<const WorkItem*>(a.p.work_map + a.item_offset);
-    const int num_units = a.p.work_map[0] * heads;
-
-    // Each unit done takes a number for the one after the next. Beside prefill most blocks may come late, so there the
-    // first two are taken too. The counter wraps to 0 after the last, ready for the next launch.
-    auto* counter = reinterpret_cast<unsigned*>(const_cast<int32_t*>(a.p.work_map) + 4);
-    const bool counts = num_units > (a.beside_prefill ? 0 : 2 * blocks);
-    const int numbers = num_units + (a.beside_prefill ? 2 * blocks : 0);
-    __shared__ int taken[2];
-    int unit = blockIdx.x, next = unit + blocks;
-    if (a.beside_prefill && counts) {
-        if (threadIdx.x < 2) {
-            taken[threadIdx.x] = static_cast<int>(atomicInc(counter, numbers - 1));
+    const WorkItem item = reinterpret_cast<const WorkItem*>(a.p.work_map + a.item_offset)[index];
+    if (index < a.p.work_map[0] && (a.p.page_size == 0 || item.len_k > 0)) {
+        const Work work(a, item, Shape::kRows);
+        attend<KV, D, kRowTiles>(a, item, work, kv_head, shared);
+        if (item.num_splits > 1) {
+            combine_if_last<KV, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
         }
-        __syncthreads();
-        unit = taken[0];
-        next = taken[1];
-    }
-
-    KeyRing<Shape> ring(shared_address(shared + threadIdx.x / 32 * Shape::kWarpBytes));
-    int opened = -1;
-    const auto open = [&](int which) {
-        const WorkItem item = items[which / heads];
-        ring.open(a, item, Work(a, item, Shape::kRows), which % heads);
-        opened = which;
-    };
-    const auto look_ahead = [&] {
-        if (ring.ended() && opened != next && next < num_units) {
-            open(next);
-        }
-    };
-    while (unit < num_units) {
-        int after = num_units;
-        if (counts && threadIdx.x == 0) {
-            after = static_cast<int>(atomicInc(counter, numbers - 1)) + (a.beside_prefill ? 0 : 2 * blocks);
-        }
-        if (opened != unit) {
-            open(unit);
-        }
-        const int kv_head = unit % heads;
-        const WorkItem item = items[unit / heads];
-        if (a.p.page_size == 0 || item.len_k > 0) {
-            const Work work(a, item, Shape::kRows);
-            attend<KV, D, kRowTiles>(a, item, work, kv_head, shared, ring, look_ahead);
-            if (item.num_splits > 1) {
-                combine_if_last<KV, D, kThreads>(a, item, work, kv_head);
-            }
-        }
-        if (counts) {
-            __syncthreads();  // taken[0] has been read
-            if (threadIdx.x == 0) {
-                taken[0] = after;
-            }
-            __syncthreads();
-            after = taken[0];
-        }
-        unit = next;
-        next = after;
     }
     if (a.beside_prefill && blockIdx.x == 0) {
         pdl_wait();  // one block is enough: no kernel after this one passes its own wait before this block ends
@@ -668,19 +579,17 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBloc
     // The item is read anew each time: kept, it would cost the registers that some instances do not have.
     const auto* items = reinterpret_cast<const WorkItem*>(a.p.work_map + a.prefill_item_offset);
     bool more = static_cast<int>(blockIdx.x) < a.p.work_map[1];
-    KeyRing<Shape> ring(shared_address(shared + threadIdx.x / 32 * Shape::kWarpBytes));
     for (int row = 0; more; row += Shape::kRows) {
         const WorkItem item = items[blockIdx.x];
         const Work work(a, item, a.prefill_rows);
         if (a.p.page_size > 0 && item.len_k == 0) {
             break;
         }
-        const Work part = work.part(a, row, Shape::kRows);
-        ring.open(a, item, part, kv_head);
-        attend<KV, D, kRowTiles>(a, item, part, kv_head, shared, ring, [] {});
+        attend<KV, D, kRowTiles>(a, item, work.part(a, row, Shape::kRows), kv_head, shared);
+        __syncthreads();
         more = row + Shape::kRows < work.rows;
         if (!more && item.num_splits > 1) {
-            combine_if_last<KV, D, kThreads>(a, item, work, kv_head);
+            combine_if_last<KV, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
         }
     }
     if (blockIdx.x == 0 && blockIdx.y == 0) {

@@ -44,6 +44,7 @@ struct MmaShape {
     // The queries take kRowTiles slots, the ring the others. Two blocks fit an SM of 227 KB, one of 99 KB.
     static constexpr int kSlots = D <= 96 ? 6 : D <= 128 ? 5 : 3;
     static constexpr int kSharedBytes = kSlots * kSlot * 2;
+    static_assert(kMaxCombinedRows * 4 <= kSharedBytes);
 };
 
 // Fetches a warp's 16 keys of each block. A lane looks up the row of one key, one block ahead; rows past the end are
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
             attend<T, D, MmaShape<D>::kRowTiles>(a, item, work, kv_head, shared);
         }
         if (item.num_splits > 1) {
-            combine_if_last<T, D, kThreads>(a, item, work, kv_head);
+            combine_if_last<T, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared_bytes));
         }
     }
     if (blockIdx.x == 0 && blockIdx.y == 0) {

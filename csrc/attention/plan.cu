@@ -109,7 +109,7 @@ __device__ __forceinline__ int list_of(const Lengths& s, const PlanArgs& a) {
 // Items of a tile of a list; one that is longer than a split by a sixteenth stays whole.
 __device__ __forceinline__ int count_splits(const Tile& tile, int list, int64_t blocks_per_split) {
     const int64_t splits = (tile.key_blocks - blocks_per_split / 16 + blocks_per_split - 1) / blocks_per_split;
-    const int most = list == 0 ? kMaxSplits : max_splits(tile.rows);
+    const int most = list == 0 ? kMaxDecodeSplits : max_splits(tile.rows);
     return max(1, static_cast<int>(min(splits, static_cast<int64_t>(most))));
 }
 
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
         }
     }
     if (thread == 0) {
-        a.p.work_map[2] = a.p.work_map[4] = 0;
+        a.p.work_map[2] = 0;
         a.p.work_map[3] = prefill_sms(all_key_blocks[0], all_key_blocks[1], a.tile_rows, a.num_sms);
     }
     pdl_launch_dependents();

@@ -54,13 +54,10 @@ struct Work {
         if (p.page_size >= 16) {
             begin &= ~15;  // so that 16 keys of a block lie in one page
         }
-        const int split_keys = (num_blocks() + item.num_splits - 1) / item.num_splits * kTileKeys;
+        const int blocks = max(0, end - begin + kTileKeys - 1) / kTileKeys;
+        const int split_keys = (blocks + item.num_splits - 1) / item.num_splits * kTileKeys;
         begin += item.split * split_keys;
         end = min(end, begin + split_keys);
-    }
-
-    __device__ int num_blocks() const {
-        return max(0, end - begin + kTileKeys - 1) / kTileKeys;
     }
 
     // Whether masks say which of the new tokens a token sees.
@@ -164,10 +161,11 @@ __device__ __forceinline__ float finite_max(float m) {
 }
 
 // Called by every item of a split tile once its partial rows are written; the last to come adds up all of them, in the
-// order of the splits, a warp a row.
+// order of the splits. weights: rows * splits floats of shared memory.
 template <typename KV, int D, int kThreads>
-__device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head) {
-    constexpr int kSteps = (D + 127) / 128, kAhead = 16 / kSteps;  // a lane has 4 columns a step
+__device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
+                                float* weights) {
+    constexpr int kColumns = D / 4, kAhead = 16;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, splits = item.num_splits;
     __syncthreads();
     bool last = false;
@@ -185,71 +183,61 @@ __device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item,
         return;
     }
 
+    // The first few O are asked for before the weights are known.
     const int64_t split_stride = static_cast<int64_t>(work.rows) * a.p.num_kv_heads * (D + kPartialExtra);
-    for (int row = warp; row < work.rows; row += kThreads / 32) {
-        const float* partial = partial_row<D>(a, item, work, kv_head, 0, row);
-        const auto part_of = [&](int s, int step) {
-            const int column = min(step * 128 + lane * 4, D - 4);
-            return __ldcg(reinterpret_cast<const float4*>(partial + min(s, splits - 1) * split_stride + column));
-        };
-        // The first few O are asked for before the weights are known.
-        float4 ahead[kAhead][kSteps];
+    const int count = work.rows * kColumns;
+    float4 ahead[kAhead];
+    {
+        const int i = min(static_cast<int>(threadIdx.x), count - 1);
+        const float* partial = partial_row<D>(a, item, work, kv_head, 0, i / kColumns) + i % kColumns * 4;
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) {
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                ahead[s][step] = part_of(s, step);
-            }
+            ahead[s] = __ldcg(reinterpret_cast<const float4*>(partial + min(s, splits - 1) * split_stride));
         }
-        // Lane l has split l of each 32.
-        constexpr int kChunks = (kMaxSplits + 31) / 32;
-        float weights[kChunks], m = kNegInf, sum = 0.0f;
-        float2 parts[kChunks];
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-            const int s = i * 32 + lane;
-            parts[i] = s < splits ? __ldcg(reinterpret_cast<const float2*>(partial + s * split_stride + D))
-                                  : make_float2(kNegInf, 0.0f);
-            m = fmaxf(m, parts[i].x);
+    }
+    for (int row = warp; row < work.rows; row += kThreads / 32) {
+        const auto part = [&](int s) {
+            return __ldcg(reinterpret_cast<const float2*>(partial_row<D>(a, item, work, kv_head, s, row) + D));
+        };
+        const float2 first = lane < splits ? part(lane) : make_float2(kNegInf, 0.0f);
+        float m = first.x, sum = 0.0f;
+        for (int s = lane + 32; s < splits; s += 32) {
+            m = fmaxf(m, part(s).x);
         }
         m = finite_max(warp_max(m));
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-            weights[i] = exp2_approx(parts[i].x - m);
-            sum += weights[i] * parts[i].y;
+        for (int s = lane; s < splits; s += 32) {
+            const float2 x = s == lane ? first : part(s);
+            const float weight = exp2_approx(x.x - m);
+            weights[row * splits + s] = weight;
+            sum += weight * x.y;
         }
         sum = warp_sum(sum);
-        const float scale = sum > 0.0f ? scale_of<KV>(a.p.v_scale, kv_head) / sum : 0.0f;
-        float4 x[kSteps] = {};
-        float chunk = weights[0];
-#pragma unroll
-        for (int s = 0; s < kAhead; ++s) {  // past the last split, the last once more with weight 0
-#pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                add_scaled(x[step], ahead[s][step], __shfl_sync(0xffffffffu, chunk, s));
-            }
+        const float v_scale = scale_of<KV>(a.p.v_scale, kv_head);
+        const float scale = sum > 0.0f ? v_scale / sum : 0.0f;
+        for (int s = lane; s < splits; s += 32) {
+            weights[row * splits + s] *= scale;
         }
-#pragma unroll 1
-        for (int first = kAhead; first < splits; first += kAhead) {
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+        const int row = i / kColumns, column = i % kColumns * 4;
+        const float* partial = partial_row<D>(a, item, work, kv_head, 0, row) + column;
+        const float* weight = weights + row * splits;
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        int s = 0;
+        if (i == static_cast<int>(threadIdx.x)) {
 #pragma unroll
-            for (int i = 1; i < kChunks; ++i) {
-                chunk = first == i * 32 ? weights[i] : chunk;
-            }
-#pragma unroll
-            for (int s = 0; s < kAhead; ++s) {
-#pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    add_scaled(x[step], part_of(first + s, step), __shfl_sync(0xffffffffu, chunk, first % 32 + s));
+            for (; s < kAhead; ++s) {
+                if (s < splits) {
+                    add_scaled(x, ahead[s], weight[s]);
                 }
             }
         }
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            const int column = step * 128 + lane * 4;
-            if (column < D) {
-                store_out<KV>(a, work, kv_head, row, column, x[step], scale);
-            }
+#pragma unroll 16
+        for (; s < splits; ++s) {
+            add_scaled(x, __ldcg(reinterpret_cast<const float4*>(partial + s * split_stride)), weight[s]);
         }
+        store_out<KV>(a, work, kv_head, row, column, x, 1.0f);
     }
 }
 

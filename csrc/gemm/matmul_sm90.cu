@@ -33,39 +33,54 @@ MatmulSchedule schedule_of(const MatmulParams& p, const MatmulTile& tile, bool s
     const int64_t a_rows = tile.tokens_are_a ? p.num_tokens : p.out_size;
     const int64_t b_rows = tile.tokens_are_a ? p.out_size : p.num_tokens;
     const int64_t row_bytes = p.in_size * static_cast<int64_t>(size_bytes(p.dtype));
-    const int64_t a_tiles = ceil_div(a_rows, tile.rows * tile.cluster), b_tiles = ceil_div(b_rows, tile.columns);
+    const int64_t a_tiles = ceil_div(a_rows, kMatmulRows * tile.cluster), b_tiles = ceil_div(b_rows, tile.columns);
     check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
           " are more tiles than the kernel counts");
-    const int group = 2048 / (tile.rows * tile.cluster);  // what 132 SMs read of A and B is then about the same
+    const int group = 2048 / (kMatmulRows * tile.cluster);  // what 132 SMs read of A and B is then about the same
     return matmul_schedule(static_cast<int>(a_tiles), static_cast<int>(b_tiles),
                            static_cast<int>(ceil_div(row_bytes, 128)), std::max(1, sms / tile.cluster), group, split);
 }
 
-// Up to 128 tokens the weight's bytes are what counts, and all SMs must read: tokens as columns, stream-K. From there
-// on the largest tile that occupies all SMs; stream-K where the last round would leave a tenth of them idle.
+// What a tactic should take on an H200, in us. The constants were fitted to 2,000 timings (docs/kernels/gemm.md), of
+// which this rule's choices are 3% off the best in geometric mean.
+double predicted_us(const MatmulParams& p, const MatmulTile& tile, bool split, int sms) {
+    constexpr double kTensorCore = 640e6 / 132;  // FLOPs of 16 bits an SM and us; twice that of 8 bits
+    constexpr double kFromL2 = 55e3;             // bytes an SM and us
+    constexpr double kMemory = 4.2e6;            // bytes a us
+    const double bytes = static_cast<double>(size_bytes(p.dtype));
+    const MatmulSchedule schedule = schedule_of(p, tile, split, sms);
+    const double elements = 128 / bytes, of_largest = tile.columns / 256.0;
+    const double chunk = std::max(2.0 * kMatmulRows * tile.columns * elements / (kTensorCore * (bytes == 1 ? 2 : 1)),
+                                  128.0 * (kMatmulRows + static_cast<double>(tile.columns) / tile.cluster) / kFromL2);
+    const int rounds = static_cast<int>(ceil_div(schedule.tiles(), schedule.workers));
+    const double most = schedule.split_tiles > 0
+                            ? static_cast<double>(schedule.tiles()) * schedule.chunks / schedule.workers
+                            : static_cast<double>(rounds) * schedule.chunks;
+    const double memory =
+        (p.out_size * p.in_size * bytes + p.num_tokens * (p.in_size * bytes + p.out_size * 2.0)) / kMemory;
+    const double parts = schedule.split_tiles > 0 ? 6 + 8 * of_largest : 2;
+    return std::max(most * chunk, memory) + parts + rounds * of_largest;
+}
+
+// A tactic that adds e4m3 up in 14 bits is only taken when it is asked for.
 int default_tactic(const MatmulParams& p, int sms) {
-    const bool is_block = p.scales == MatmulScales::block;
-    int tile;
-    if (p.num_tokens <= 32) {
-        tile = 4;
-    } else if (p.num_tokens <= 64) {
-        tile = 6;
-    } else if (p.num_tokens <= 128) {
-        tile = is_block ? 3 : 7;
-    } else {
-        const int64_t rows = ceil_div(p.num_tokens, 128);
-        const bool in_pairs = rows % 2 == 0 || rows >= 8, in_fours = rows % 4 == 0 || rows >= 16;
-        const bool is_large = rows * ceil_div(p.out_size, 256) >= sms;
-        if (p.dtype == DType::e4m3) {
-            tile = is_large && in_fours ? 9 : in_pairs ? 2 : 3;
-        } else {
-            tile = (is_large ? 0 : 2) + (in_pairs ? 0 : 1);
+    const bool is_e4m3 = p.dtype == DType::e4m3;
+    int best = -1;
+    double least = 0;
+    for (int tactic = 0; tactic < kNumMatmulTactics; ++tactic) {
+        const MatmulTile& tile = kMatmulTiles[tactic / 2];
+        // The weight's rows fill the tensor core's where tokens would not.
+        const bool fits = tile.tokens_are_a ? p.num_tokens > 64 : p.num_tokens <= 256;
+        if (!fits || !has_matmul_tile(tile, is_e4m3, p.scales) || sums_in_14_bits(tile, is_e4m3)) {
+            continue;
+        }
+        const double us = predicted_us(p, tile, tactic % 2 == 1, sms);
+        if (best < 0 || us < least) {
+            best = tactic;
+            least = us;
         }
     }
-    const MatmulSchedule whole = schedule_of(p, kMatmulTiles[tile], false, sms);
-    const int64_t rounds = ceil_div(whole.tiles(), std::max(1, sms / kMatmulTiles[tile].cluster));
-    const bool split = whole.tiles() * 10 < rounds * (sms / kMatmulTiles[tile].cluster) * 9;
-    return 2 * tile + (split ? 1 : 0);
+    return best;
 }
 
 // The driver wants whole 16 bytes of a stride that is never used too.
@@ -116,8 +131,9 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
                                   .box_rows = box_rows});
     };
     const int b_rows = tile.columns / tile.cluster;
-    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tile.tokens_are_a ? tile.rows : b_rows);
-    const CUtensorMap weight_map = operand(p.weight, p.out_size, weight_stride, tile.tokens_are_a ? b_rows : tile.rows);
+    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tile.tokens_are_a ? kMatmulRows : b_rows);
+    const CUtensorMap weight_map =
+        operand(p.weight, p.out_size, weight_stride, tile.tokens_are_a ? b_rows : kMatmulRows);
     const bool is_fp16 = p.out_dtype == DType::f16;
     const MatmulSchedule schedule = schedule_of(p, tile, tactic % 2 == 1, sms);
     const MatmulArgs args{

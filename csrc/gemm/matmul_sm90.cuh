@@ -3,20 +3,20 @@
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
 //   T, of x and weight: bf16 | fp16 | e4m3 | int8; out and bias: bf16 | fp16
 //
-// A tile is kRows rows of A for each block of the cluster, times kN rows of B. For many tokens A is x and B the weight;
+// A tile is 128 rows of A for each block of the cluster, times kN rows of B. For many tokens A is x and B the weight;
 // for few of them A is the weight and B the tokens, so that no row of the tensor core's 64 goes to waste. K is cut into
 // chunks of 128 bytes. Which block has which chunks of which tile: matmul_sm90_schedule.h.
-//   Producer, one thread: loads kRows rows of A and kN of B, a chunk at a time, into a ring. In a cluster a block loads
+//   Producer, one thread: loads 128 rows of A and kN of B, a chunk at a time, into a ring. In a cluster a block loads
 //   its part of B and sends it to all. What the weight has in the first round of the ring is asked for before
 //   griddepcontrol.wait, while the kernel before this one ends.
-//   Consumers, 2 warpgroups, 64 rows of A each, or twice 64: the product of a chunk is issued before that of the one
+//   Consumers, 2 warpgroups, 64 rows of A each: the product of a chunk is issued before that of the one
 //   before is waited for. Out passes through shared memory, and from there by TMA, which keeps to the matrix's edges.
 // Sums are fp32, and int32 of int8. wgmma adds up e4m3 with about 14 bits: sums of 4 chunks, of one where blocks have
 // scales, are added to fp32 registers where there is room for both, that is, but for tiles of 256 columns.
 // A tile that is cut along K: every warpgroup leaves its part in the workspace, and who comes last adds the parts up in
 // their order, so nobody waits, and the same bits come out whoever it is.
 //
-// FLOPs: 2 * K an element of out. Bytes: from L2, kN rows of B a cluster and tile, kRows rows of A a block and tile.
+// FLOPs: 2 * K an element of out. Bytes: from L2, kN rows of B a cluster and tile, 128 rows of A a block and tile.
 // Source: NVIDIA's CUTLASS (tiles, clusters), Zhao et al. 2025 (DeepGEMM: scales of blocks).
 #pragma once
 
@@ -35,12 +35,12 @@
 namespace fastkernels {
 namespace {
 
-template <typename T, bool kTokensAreA, int kRows, int kN, int kCluster>
+template <typename T, bool kTokensAreA, int kN, int kCluster>
 struct MatmulShape {
     static constexpr int kConsumers = 2;  // warpgroups
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kElements = 128 / static_cast<int>(sizeof(T));  // of a chunk
-    static constexpr int kABytes = kRows * 128, kBBytes = kN * 128, kSlotBytes = kABytes + kBBytes;
+    static constexpr int kABytes = kMatmulRows * 128, kBBytes = kN * 128, kSlotBytes = kABytes + kBBytes;
     // Of out, as a warpgroup hands it to TMA: panels of 64 elements, two in turn.
     static constexpr int kPanels = kTokensAreA ? 2 : 1;
     static constexpr int kPanelBytes = (kTokensAreA ? 64 : kN) * 128;
@@ -76,7 +76,7 @@ struct RingPlace {
 
 // --- Producer --------------------------------------------------------------------------------------------------------
 
-template <typename Shape, bool kTokensAreA, int kRows, int kN, int kCluster>
+template <typename Shape, bool kTokensAreA, int kN, int kCluster>
 __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Shape>& shared, int worker, int rank) {
     constexpr int kColumns = kN / kCluster;  // of B that this block loads
     const MatmulSchedule& schedule = args.schedule;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Sha
 
     const auto load_a = [&](int slot, const MatmulPlace& place, int chunk) {
         tma_load(shared_address(shared.ring[slot]), args.a_map, chunk * Shape::kElements,
-                 (place.a * kCluster + rank) * kRows, shared_address(&shared.full[slot]),
+                 (place.a * kCluster + rank) * kMatmulRows, shared_address(&shared.full[slot]),
                  kTokensAreA ? kXPolicy : kWeightPolicy);
     };
     const auto load_b = [&](int slot, const MatmulPlace& place, int chunk) {
@@ -148,11 +148,12 @@ __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Sha
 
 // --- Consumers -------------------------------------------------------------------------------------------------------
 
-// Scales of one chunk that a thread needs: of its rows of D, two for each 64, or of its columns of D.
-template <bool kTokensAreA, int kBlocks, int kN>
+// Scales of one chunk that a thread needs: of the tokens that are its rows of D, two, or its columns; and of the
+// weight, whose 192 rows lie in two blocks of 128.
+template <bool kTokensAreA, int kN>
 struct ChunkScales {
-    static constexpr int kCount = kTokensAreA ? 2 * kBlocks : kN / 4;
-    float weight, token[kCount];
+    static constexpr int kTokens = kTokensAreA ? 2 : kN / 4, kWeights = kTokensAreA && kN > 128 ? 2 : 1;
+    float weight[kWeights], token[kTokens];
 };
 
 __device__ __forceinline__ uint32_t pack_out(float low, float high, bool is_fp16) {
@@ -164,19 +165,18 @@ __device__ __forceinline__ uint32_t pack_out(float low, float high, bool is_fp16
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-template <typename T, MatmulScales kScales, bool kTokensAreA, int kRows, int kN, int kCluster>
+template <typename T, MatmulScales kScales, bool kTokensAreA, int kN, int kCluster>
 struct Consumer {
-    using Shape = MatmulShape<T, kTokensAreA, kRows, kN, kCluster>;
+    using Shape = MatmulShape<T, kTokensAreA, kN, kCluster>;
     using Sum = WgmmaSum<T>;
     static constexpr int kSums = kN / 2;
-    static constexpr int kBlocks = kRows / (Shape::kConsumers * 64);  // of 64 rows that a warpgroup multiplies
-    using Scales = ChunkScales<kTokensAreA, kBlocks, kN>;
-    // Chunks that wgmma adds up by itself; 0: all.
-    static constexpr int kPromote = !std::is_same_v<T, __nv_fp8_e4m3>               ? 0
-                                    : kScales == MatmulScales::block || kBlocks > 1 ? 1
-                                    : kN <= 128                                     ? 4
-                                                                                    : 0;
-    static_assert(kBlocks == 1 || (kPromote == 1 && kTokensAreA));
+    using Scales = ChunkScales<kTokensAreA, kN>;
+    // Chunks that wgmma adds up by itself; 0: all. Of wide tiles one: the warpgroups take turns (below), so that one
+    // adds while the other multiplies, and a turn of one chunk needs the fewest places in the ring.
+    static constexpr int kPromote = !std::is_same_v<T, __nv_fp8_e4m3> || kN > 192   ? 0
+                                    : kTokensAreA || kScales == MatmulScales::block ? 1
+                                                                                    : 4;
+    static constexpr bool kTakesTurns = kPromote == 1 && kTokensAreA;
 
     const MatmulArgs& args;
     MatmulShared<Shape>& shared;
@@ -198,9 +198,9 @@ struct Consumer {
     }
 
     template <bool kFirst>
-    __device__ __forceinline__ void issue(Sum (&sum)[kSums], int block) {
+    __device__ __forceinline__ void issue(Sum (&sum)[kSums]) {
         const uint32_t slot = shared_address(shared.ring[ring.slot]);
-        const uint64_t a = wgmma_k_major(slot + (group * kBlocks + block) * (64 * 128));
+        const uint64_t a = wgmma_k_major(slot + group * (64 * 128));
         const uint64_t b = wgmma_k_major(slot + Shape::kABytes);
         wgmma_fence();
 #pragma unroll
@@ -214,12 +214,12 @@ struct Consumer {
     // the loop's wgmmas behind each other if what they add to came from elsewhere.
     __device__ __forceinline__ void multiply(Sum (&sum)[kSums], int chunks) {
         wait_full();
-        issue<true>(sum, 0);
+        issue<true>(sum);
         int slot = ring.slot;
         ring.next();
         for (int i = 1; i < chunks; ++i) {
             wait_full();
-            issue<false>(sum, 0);
+            issue<false>(sum);
             wgmma_wait<1>();
             release(slot);
             slot = ring.slot;
@@ -232,18 +232,22 @@ struct Consumer {
 
     // Row of A of this warpgroup's first row.
     __device__ __forceinline__ int first_row(const MatmulPlace& place) const {
-        return (place.a * kCluster + rank) * kRows + group * (64 * kBlocks);
+        return (place.a * kCluster + rank) * kMatmulRows + group * 64;
     }
 
     __device__ __forceinline__ Scales chunk_scales(const MatmulPlace& place, int chunk) const {
         const int chunks = args.schedule.chunks, last_token = args.num_tokens - 1;
         const int weight_row = kTokensAreA ? place.b * kN : first_row(place);
         Scales scales;
-        scales.weight = __ldg(args.weight_scales + min(weight_row, args.out_size - 1) / 128 * chunks + chunk);
+#pragma unroll
+        for (int i = 0; i < Scales::kWeights; ++i) {
+            const int block = min(weight_row / 128 + i, (args.out_size - 1) / 128);
+            scales.weight[i] = __ldg(args.weight_scales + block * chunks + chunk);
+        }
         const int first = kTokensAreA ? first_row(place) + warp * 16 + lane / 4 : place.b * kN + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < Scales::kCount; ++i) {
-            const int token = min(first + (kTokensAreA ? i / 2 * 64 + i % 2 * 8 : i / 2 * 8 + i % 2), last_token);
+        for (int i = 0; i < Scales::kTokens; ++i) {
+            const int token = min(first + (kTokensAreA ? i * 8 : i / 2 * 8 + i % 2), last_token);
             scales.token[i] = __ldg(args.token_scales + static_cast<int64_t>(token) * chunks + chunk);
         }
         return scales;
@@ -251,15 +255,23 @@ struct Consumer {
 
     // sum += part, which is of one chunk, times the scales.
     __device__ __forceinline__ void add_scaled(Sum (&sum)[kSums], const Sum (&part)[kSums], const Scales& scales,
-                                               int block) {
-        float factor[Scales::kCount];
+                                               const MatmulPlace& place) {
+        // Of 192 columns the first 64 lie in one block of the weight's rows, the last 64 in the next, and those between
+        // in the one or the other.
+        constexpr int kThirds = Scales::kWeights == 2 ? 3 : 1;
+        float factor[kThirds][Scales::kTokens];
 #pragma unroll
-        for (int i = 0; i < Scales::kCount; ++i) {
-            factor[i] = scales.token[i] * scales.weight;
+        for (int third = 0; third < kThirds; ++third) {
+            const bool second = third == 2 || (third == 1 && place.b % 2 == 1);
+#pragma unroll
+            for (int i = 0; i < Scales::kTokens; ++i) {
+                factor[third][i] = scales.token[i] * (second ? scales.weight[Scales::kWeights - 1] : scales.weight[0]);
+            }
         }
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-            sum[i] = fmaf(part[i], factor[kTokensAreA ? block * 2 + i / 2 % 2 : i / 4 * 2 + i % 2], sum[i]);
+            const int token = kTokensAreA ? i / 2 % 2 : i / 4 * 2 + i % 2;
+            sum[i] = fmaf(part[i], factor[kThirds == 3 ? i / 32 : 0][token], sum[i]);
         }
     }
 
@@ -271,13 +283,13 @@ struct Consumer {
     }
 
     // The sums of a segment. With kPromote, those of kPromote chunks at a time are added to fp32 registers.
-    __device__ __forceinline__ void multiply_segment(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
+    __device__ __forceinline__ void multiply_segment(Sum (&sum)[kSums], const MatmulSegment& segment) {
         if constexpr (kPromote == 0) {
-            multiply(sum[0], segment.end - segment.begin);
+            multiply(sum, segment.end - segment.begin);
         } else {
 #pragma unroll
-            for (int i = 0; i < kBlocks * kSums; ++i) {
-                sum[i / kSums][i % kSums] = 0;
+            for (int i = 0; i < kSums; ++i) {
+                sum[i] = 0;
             }
             if constexpr (kPromote == 1) {
                 multiply_by_chunk(sum, segment);
@@ -285,13 +297,13 @@ struct Consumer {
                 Sum part[kSums];
                 for (int chunk = segment.begin; chunk < segment.end; chunk += kPromote) {
                     multiply(part, min(kPromote, segment.end - chunk));
-                    add(sum[0], part);
+                    add(sum, part);
                 }
             }
         }
     }
 
-    __device__ __forceinline__ void multiply_by_chunk(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
+    __device__ __forceinline__ void multiply_by_chunk(Sum (&sum)[kSums], const MatmulSegment& segment) {
         constexpr bool kScaled = kScales == MatmulScales::block;
         const MatmulPlace place = args.schedule.place(segment.tile);
         Sum part[kSums];
@@ -305,21 +317,31 @@ struct Consumer {
                 next = chunk_scales(place, min(chunk + 1, segment.end - 1));
             }
             wait_full();
-#pragma unroll
-            for (int block = 0; block < kBlocks; ++block) {
-                issue<true>(part, block);
-                wgmma_wait<0>();
-                wgmma_hold(part);
-                if (block == kBlocks - 1) {
-                    release(ring.slot);
-                }
-                if constexpr (kScaled) {
-                    add_scaled(sum[block], part, scales, block);
-                } else {
-                    add(sum[block], part);
-                }
+            await_turn();
+            issue<true>(part);
+            pass_turn();
+            wgmma_wait<0>();
+            wgmma_hold(part);
+            release(ring.slot);
+            if constexpr (kScaled) {
+                add_scaled(sum, part, scales, place);
+            } else {
+                add(sum, part);
             }
             ring.next();
+        }
+    }
+
+    // Left to themselves the two warpgroups' products alternate one by one, end together, and the tensor cores wait
+    // while both add. In turns the first has ended, and has added, while the second's are under way.
+    __device__ __forceinline__ void await_turn() const {
+        if constexpr (kTakesTurns) {
+            named_barrier_sync(3 + group, 256);
+        }
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        if constexpr (kTakesTurns) {
+            named_barrier_arrive(3 + (group ^ 1), 256);
         }
     }
 
@@ -330,8 +352,8 @@ struct Consumer {
     // Of a tile that is cut: leaves this warpgroup's part in the workspace. The last to come gets the whole sum, the
     // parts added in the order of the workers, its own read back among them. Only the first worker, whose part the sum
     // begins with, keeps it in registers if the others are done by then, which is the rule where two share a tile.
-    __device__ __forceinline__ bool add_parts(Sum (&sum)[kBlocks][kSums], const MatmulSegment& segment) {
-        constexpr int kVectors = kBlocks * kSums / 4;
+    __device__ __forceinline__ bool add_parts(Sum (&sum)[kSums], const MatmulSegment& segment) {
+        constexpr int kVectors = kSums / 4;
         const MatmulSchedule& schedule = args.schedule;
         const int thread = threadIdx.x % 128;
         const int first = schedule.first_worker(segment.tile), last = schedule.last_worker(segment.tile);
@@ -339,8 +361,8 @@ struct Consumer {
         unsigned* counter = args.counters + (segment.tile * kCluster + rank) * Shape::kConsumers + group;
         const auto part = [&](int of) {
             const int slot = (of * kCluster + rank) * 2 + (of == first ? 1 : 0);
-            return reinterpret_cast<uint4*>(args.partials + static_cast<int64_t>(slot) * (kN * kRows) +
-                                            group * (kN * 64 * kBlocks)) +
+            return reinterpret_cast<uint4*>(args.partials + static_cast<int64_t>(slot) * (kN * kMatmulRows) +
+                                            group * (kN * 64)) +
                    thread;
         };
         bool is_whole = false;
@@ -360,7 +382,7 @@ struct Consumer {
             uint4* mine = part(worker);
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
-                const Sum* x = sum[i * 4 / kSums] + i * 4 % kSums;
+                const Sum* x = sum + i * 4;
                 __stcg(mine + i * 128, make_uint4(bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3])));
             }
             __threadfence();
@@ -377,7 +399,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
                 const uint4 y = __ldcg(begin + i * 128);
-                Sum* x = sum[i * 4 / kSums] + i * 4 % kSums;
+                Sum* x = sum + i * 4;
                 x[0] = value(y.x);
                 x[1] = value(y.y);
                 x[2] = value(y.z);
@@ -390,7 +412,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
                 const uint4 y = __ldcg(theirs + i * 128);
-                Sum* x = sum[i * 4 / kSums] + i * 4 % kSums;
+                Sum* x = sum + i * 4;
                 x[0] += value(y.x);
                 x[1] += value(y.y);
                 x[2] += value(y.z);
@@ -445,7 +467,11 @@ struct Consumer {
         for (int pass = 0; pass < kN / 64; ++pass) {
             const uint32_t panel = shared_address(shared.out[group]) + pass % 2 * Shape::kPanelBytes;
             if (threadIdx.x % 128 == 0) {
-                tma_store_wait_read<1>();
+                if (pass == 0 && kN / 64 % 2 == 1) {  // the panel of the last pass before
+                    tma_store_wait_read<0>();
+                } else {
+                    tma_store_wait_read<1>();
+                }
             }
             sync_group();
 #pragma unroll
@@ -529,20 +555,23 @@ struct Consumer {
         const MatmulSchedule& schedule = args.schedule;
         MatmulWalk walk(schedule, worker);
         MatmulSegment segment;
+        if (group == 1) {
+            pass_turn();  // the first is the other's
+        }
         while (walk.next(schedule, segment)) {
-            Sum sum[kBlocks][kSums];
+            Sum sum[kSums];
             multiply_segment(sum, segment);
             if (segment.end - segment.begin == schedule.chunks || add_parts(sum, segment)) {
                 const MatmulPlace place = schedule.place(segment.tile);
-#pragma unroll
-                for (int block = 0; block < kBlocks; ++block) {
-                    if constexpr (kTokensAreA) {
-                        store_rows(sum[block], first_row(place) + block * 64, place.b * kN);
-                    } else {
-                        store_columns(sum[block], place.b * kN, first_row(place));
-                    }
+                if constexpr (kTokensAreA) {
+                    store_rows(sum, first_row(place), place.b * kN);
+                } else {
+                    store_columns(sum, place.b * kN, first_row(place));
                 }
             }
+        }
+        if (group == 0) {
+            await_turn();
         }
         if (threadIdx.x % 128 == 0) {
             tma_store_wait();
@@ -557,11 +586,11 @@ struct Consumer {
 #endif
 
 // Warpgroup 0 is the producer, the others consume.
-template <typename T, MatmulScales kScales, bool kTokensAreA, int kRows, int kN, int kCluster>
-__global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kTokensAreA, kRows, kN, kCluster>::kThreads, 1)
+template <typename T, MatmulScales kScales, bool kTokensAreA, int kN, int kCluster>
+__global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kTokensAreA, kN, kCluster>::kThreads, 1)
     matmul_sm90_kernel(const __grid_constant__ MatmulArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Shape = MatmulShape<T, kTokensAreA, kRows, kN, kCluster>;
+    using Shape = MatmulShape<T, kTokensAreA, kN, kCluster>;
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     MatmulShared<Shape>& shared = *reinterpret_cast<MatmulShared<Shape>*>(shared_bytes);
     static_assert(sizeof(MatmulShared<Shape>) == Shape::kSharedBytes && Shape::kSlots >= 3);
@@ -586,19 +615,19 @@ __global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kTokensAre
     if (warpgroup == 0) {
         give_registers<Shape::kProducerRegisters>();
         if (threadIdx.x == 0) {
-            produce<Shape, kTokensAreA, kRows, kN, kCluster>(args, shared, worker, rank);
+            produce<Shape, kTokensAreA, kN, kCluster>(args, shared, worker, rank);
         }
     } else {
         take_registers<Shape::kConsumerRegisters>();
         pdl_wait();
-        Consumer<T, kScales, kTokensAreA, kRows, kN, kCluster>{args,
-                                                               shared,
-                                                               worker,
-                                                               rank,
-                                                               warpgroup - 1,
-                                                               static_cast<int>(threadIdx.x / 32 % 4),
-                                                               static_cast<int>(threadIdx.x % 32),
-                                                               {}}
+        Consumer<T, kScales, kTokensAreA, kN, kCluster>{args,
+                                                        shared,
+                                                        worker,
+                                                        rank,
+                                                        warpgroup - 1,
+                                                        static_cast<int>(threadIdx.x / 32 % 4),
+                                                        static_cast<int>(threadIdx.x % 32),
+                                                        {}}
             .run();
     }
     if constexpr (kCluster > 1) {
@@ -613,8 +642,8 @@ template <typename T, MatmulScales kScales, int kTile>
 void launch_tile(const MatmulArgs& args, int blocks, void* stream) {
     constexpr MatmulTile kT = kMatmulTiles[kTile];
     if constexpr (has_matmul_tile(kT, std::is_same_v<T, __nv_fp8_e4m3>, kScales)) {
-        using Shape = MatmulShape<T, kT.tokens_are_a, kT.rows, kT.columns, kT.cluster>;
-        launch(matmul_sm90_kernel<T, kScales, kT.tokens_are_a, kT.rows, kT.columns, kT.cluster>,
+        using Shape = MatmulShape<T, kT.tokens_are_a, kT.columns, kT.cluster>;
+        launch(matmul_sm90_kernel<T, kScales, kT.tokens_are_a, kT.columns, kT.cluster>,
                {.grid = dim3(blocks), .block = dim3(Shape::kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true},
                stream, args);
     } else {
@@ -635,8 +664,6 @@ void matmul_sm90_tile(const MatmulArgs& args, int tile, int blocks, void* stream
         case 5: return launch_tile<T, kScales, 5>(args, blocks, stream);
         case 6: return launch_tile<T, kScales, 6>(args, blocks, stream);
         case 7: return launch_tile<T, kScales, 7>(args, blocks, stream);
-        case 8: return launch_tile<T, kScales, 8>(args, blocks, stream);
-        case 9: return launch_tile<T, kScales, 9>(args, blocks, stream);
         default: fail("matmul: there is no tile ", tile, ", only 0 to ", kNumMatmulTiles - 1);
     }
 }

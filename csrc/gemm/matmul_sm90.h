@@ -8,30 +8,36 @@
 
 namespace fastkernels {
 
-// Tiles of `rows` rows of A for each block of a cluster, times `columns` rows of B, which the cluster's blocks share.
+// Tiles of 128 rows of A for each block of a cluster, times `columns` rows of B, which the cluster's blocks share.
 struct MatmulTile {
     bool tokens_are_a;  // A is x and B the weight; otherwise the other way round
-    int rows, columns;
+    int columns;
     int cluster;
 };
+inline constexpr int kMatmulRows = 128;
 
 // The tactics: tile t with whole tiles is 2t, with stream-K 2t + 1.
 inline constexpr MatmulTile kMatmulTiles[] = {
-    {true, 128, 256, 2}, {true, 128, 256, 1}, {true, 128, 128, 2},  {true, 128, 128, 1}, {false, 128, 32, 1},
-    {false, 128, 64, 1}, {false, 128, 64, 2}, {false, 128, 128, 2}, {false, 128, 32, 2}, {true, 256, 128, 2},
+    {true, 256, 2}, {true, 256, 1}, {true, 192, 2}, {true, 128, 2},
+    {true, 128, 1}, {false, 32, 1}, {false, 64, 1}, {false, 128, 2},
 };
 inline constexpr int kNumMatmulTiles = sizeof(kMatmulTiles) / sizeof(kMatmulTiles[0]);
 static_assert(kNumMatmulTactics == 2 * kNumMatmulTiles);
 
 // Block scales multiply partial sums: beside these there is no room for those of 256 columns, or of 128 columns with a
-// scale each. Tiles of 256 rows are for e4m3: of other types those of 256 columns do as well.
+// scale each. Tiles of 192 columns are the widest that leave e4m3 room for both; other types have those of 256.
 constexpr bool has_matmul_tile(const MatmulTile& tile, bool is_e4m3, MatmulScales scales) {
-    const bool by_block = !tile.tokens_are_a ? tile.columns <= 64 : tile.columns == 128;
-    return (scales != MatmulScales::block || by_block) && (tile.rows == 128 || is_e4m3);
+    const bool by_block = tile.columns <= (tile.tokens_are_a ? 192 : 64);
+    return (scales != MatmulScales::block || by_block) && (tile.columns != 192 || is_e4m3);
+}
+
+// Whether wgmma adds a whole product of e4m3 up by itself, with about 14 bits.
+constexpr bool sums_in_14_bits(const MatmulTile& tile, bool is_e4m3) {
+    return is_e4m3 && tile.columns == 256;
 }
 
 struct MatmulArgs {
-    CUtensorMap a_map;  // [rows, in_size] in boxes of the tile's rows and 128 bytes
+    CUtensorMap a_map;  // [rows, in_size] in boxes of 128 rows and 128 bytes
     CUtensorMap b_map;  // the same, of columns / cluster rows
     CUtensorMap
         out_map;  // [num_tokens, out_size] in boxes of 64 elements and 64 tokens, or columns tokens where x is B
@@ -39,7 +45,7 @@ struct MatmulArgs {
     const void* bias;            // [out_size] of out's type, or null
     const float* token_scales;   // channel: [num_tokens]; block: [num_tokens, chunks]
     const float* weight_scales;  // channel: [out_size], or one; block: [ceil(out_size / 128), chunks]
-    float* partials;             // [blocks, 2, columns * rows] sums of parts of tiles, as the threads hold them
+    float* partials;             // [blocks, 2, columns * 128] sums of parts of tiles, as the threads hold them
     unsigned* counters;          // [split_tiles, cluster, 2 warpgroups], zero before and after
     int num_tokens, out_size;
     int weight_scale_stride;  // 0: one for all

@@ -435,11 +435,6 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
-struct Tactic {
-    int splits;
-    bool wide;  // twice the rows a group and one block an SM, not two
-};
-
 // What the GPU holds: of the current device.
 struct Room {
     int num_sms, capability, block_bytes, sm_bytes;
@@ -450,54 +445,20 @@ inline Room room_of_device() {
             device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
-// The tactic whose warps multiply the fewest units one after the other; rows: tiles of 16 of a narrow group, blocks: an
-// SM's narrow ones. Of equals the one with fewer splits, and wide blocks, which read x less often, from 9 tokens on.
-inline Tactic choose_tactic(const WeightOnlyParams& p, const Room& room, int rows, int blocks) {
-    if (p.tactic > 0) {
-        return {1 << (p.tactic - 1) / 2, (p.tactic - 1) % 2 == 1};
+// Blocks that share K: 2 where that makes a warp's work at least a tenth less, counted in units and, for each group it
+// begins, one more. Clusters of 4 were slower everywhere on an H200, and so were groups of twice the rows with one
+// block an SM. rows: tiles of 16 of a group.
+inline int choose_splits(const WeightOnlyParams& p, const Room& room, int rows, int blocks) {
+    if (room.capability < 90 || p.tactic > 0) {
+        return room.capability < 90 ? 1 : p.tactic;
     }
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    const int64_t num_tiles = ceil_div(p.out_size, kUnitRows), num_chunks = ceil_div(p.in_size, kUnitSize);
-    Tactic best{1, false};
-    int64_t least = INT64_MAX;
-    for (const bool wide : {p.num_tokens > 8, p.num_tokens <= 8}) {
-        // Clusters of 4 blocks that fill an SM each do not all find room at once.
-        for (int splits = 1; splits <= (wide || blocks == 1 ? 2 : 4); splits *= 2) {
-            const int here = wide ? 1 : blocks, group = wide ? rows * 2 : rows;
-            const int64_t tiles = ceil_div(num_tiles, std::max(room.num_sms * here / splits, 1));
-            const int64_t items = ceil_div(ceil_div(tiles, group) * ceil_div(num_chunks, splits), kWeightWarps);
-            if (items * group * here < least) {
-                least = items * group * here;
-                best = {splits, wide};
-            }
-        }
-    }
-    return best;
-}
-
-// One launch with clusters of `splits` blocks; before sm_90 there are none.
-inline void launch_cluster(void (*kernel)(WeightOnlyArgs), const LaunchConfig& config, int splits, void* stream,
-                           const WeightOnlyArgs& args) {
-    if (splits == 1) {
-        launch(kernel, config, stream, args);
-        return;
-    }
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(config.shared_bytes)),
-               "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
-    cudaLaunchConfig_t launch_config{};
-    launch_config.gridDim = config.grid;
-    launch_config.blockDim = config.block;
-    launch_config.dynamicSmemBytes = config.shared_bytes;
-    launch_config.stream = static_cast<cudaStream_t>(stream);
-    launch_config.attrs = attributes;
-    launch_config.numAttrs = 2;
-    check_cuda(cudaLaunchKernelEx(&launch_config, kernel, args), "kernel launch");
+    const auto work = [&](int splits) {
+        const int64_t tiles = ceil_div(ceil_div(p.out_size, kUnitRows), std::max(room.num_sms * blocks / splits, 1));
+        const int64_t chunks = ceil_div(ceil_div(ceil_div(p.in_size, kUnitSize), splits), kWeightWarps);
+        return chunks * (tiles + ceil_div(tiles, rows));
+    };
+    return work(2) * 10 < work(1) * 9 ? 2 : 1;
 }
 
 template <typename T, typename F, int kTokenTiles, int kRowTiles, int kBlocks>
@@ -518,42 +479,28 @@ void launch_weight_only(const WeightOnlyParams& p, int splits, const Room& room,
     while (num_stages > 2 && Shape::shared_bytes(num_stages, static_cast<int>(kept)) > limit) {
         --num_stages;
     }
-    launch_cluster(weight_only_kernel<T, F, kTokenTiles, kRowTiles, kBlocks>,
-                   {.grid = dim3(static_cast<unsigned>(clusters * splits), static_cast<unsigned>(token_blocks)),
-                    .block = dim3(kWeightThreads),
-                    .shared_bytes = static_cast<size_t>(Shape::shared_bytes(num_stages, static_cast<int>(kept))),
-                    .pdl = true},
-                   splits, stream, WeightOnlyArgs{p, num_stages, static_cast<int>(clusters)});
+    launch(weight_only_kernel<T, F, kTokenTiles, kRowTiles, kBlocks>,
+           {.grid = dim3(static_cast<unsigned>(clusters * splits), static_cast<unsigned>(token_blocks)),
+            .block = dim3(kWeightThreads),
+            .shared_bytes = static_cast<size_t>(Shape::shared_bytes(num_stages, static_cast<int>(kept))),
+            .pdl = true,
+            .cluster = static_cast<unsigned>(splits)},
+           stream, WeightOnlyArgs{p, num_stages, static_cast<int>(clusters)});
 }
 
 template <typename T, typename F>
 void run_weight_only(const WeightOnlyParams& p, void* stream) {
-    constexpr int kRows = F::kPieces == 2 ? 4 : 2;  // tiles of rows of a narrow group: about 4 KB of a warp's ring
+    constexpr int kRows = F::kPieces == 2 ? 4 : 2;  // tiles of rows of a group: about 4 KB of a warp's ring
     const Room room = room_of_device();
-    Tactic tactic = choose_tactic(p, room, kRows, p.num_tokens <= 8 ? 2 : 1);
-    if (room.capability < 90) {
-        tactic.splits = 1;
-    }
-    using Wide = WeightShape<F, 2, kRows * 2>;
-    if (Wide::shared_bytes(2, 0) > room.block_bytes) {
-        tactic.wide = false;
-    }
+    const int splits = choose_splits(p, room, kRows, p.num_tokens <= 8 ? 2 : 1);
     if (p.num_tokens <= 8) {
-        if (tactic.wide) {
-            launch_weight_only<T, F, 1, kRows * 2, 1>(p, tactic.splits, room, stream);
-        } else {
-            launch_weight_only<T, F, 1, kRows, 2>(p, tactic.splits, room, stream);
-        }
+        launch_weight_only<T, F, 1, kRows, 2>(p, splits, room, stream);
     } else if (p.num_tokens <= 16) {
-        if (tactic.wide) {
-            launch_weight_only<T, F, 2, kRows * 2, 1>(p, tactic.splits, room, stream);
-        } else {
-            launch_weight_only<T, F, 2, kRows, 1>(p, tactic.splits, room, stream);
-        }
+        launch_weight_only<T, F, 2, kRows, 1>(p, splits, room, stream);
     } else if (p.num_tokens <= 32) {
-        launch_weight_only<T, F, 4, 4, 1>(p, tactic.splits, room, stream);
+        launch_weight_only<T, F, 4, 4, 1>(p, splits, room, stream);
     } else {
-        launch_weight_only<T, F, 8, 2, 1>(p, tactic.splits, room, stream);
+        launch_weight_only<T, F, 8, 2, 1>(p, splits, room, stream);
     }
 }
 

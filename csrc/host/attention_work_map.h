@@ -12,7 +12,6 @@
 //
 //   int32  [0], [1]                  number of decode items, of prefill items
 //   int32  [2], [3]                  the next prefill item, 0 between launches; blocks that share them
-//   int32  [4]                       the next decode item and KV head, 0 between launches
 //   int32  [kHeaderInts ...]         counters of split tiles and KV heads, 0 between launches: of decode items, then of
 //                                    prefill items
 //   WorkItem [item_offset]           decode items, room for max_items
@@ -43,8 +42,8 @@ constexpr int kFewTokens = 4;
 constexpr int kMinPrefillSplitTiles = 32;  // of attention_sm90, whose partial results are 8 times as large
 constexpr int kBlocksPerSm = 2;            // of attention_mma
 constexpr int kDecodeBlocksPerSm = 2;
-constexpr int kMaxSplits = 128;
-constexpr int kHeaderInts = 8;
+constexpr int kMaxDecodeSplits = 128;
+constexpr int kHeaderInts = 4;
 constexpr int kItemInts = sizeof(WorkItem) / sizeof(int32_t);
 constexpr int kPartialExtra = 4;  // floats of a partial row past its head_dim: max, sum, and two for alignment
 constexpr int kMaxCombinedRows = 1024;
@@ -77,10 +76,9 @@ constexpr int64_t decode_target_items(int num_kv_heads, int num_sms) {
     return items > 1 ? items : 1;
 }
 
-// A block combines rows * num_splits <= kMaxCombinedRows partial rows, or 8 splits of more rows; at most kMaxSplits.
+// A block combines rows * num_splits <= kMaxCombinedRows partial rows, or 8 splits of more rows.
 constexpr int max_splits(int rows) {
-    const int splits = kMaxCombinedRows / rows > 8 ? kMaxCombinedRows / rows : 8;
-    return splits < kMaxSplits ? splits : kMaxSplits;
+    return kMaxCombinedRows / rows > 8 ? kMaxCombinedRows / rows : 8;
 }
 
 constexpr int64_t most_seqs(int64_t num_tokens, int64_t num_seqs) {

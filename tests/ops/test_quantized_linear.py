@@ -298,14 +298,6 @@ def test_refuses_what_it_does_not_take():
         ops.quantized_linear(torch.zeros(1, 131073), int8["weight"], int8["scales"], weight_type="int8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-def test_rounded_activations_are_refused_on_cuda():
-    given = operands("int8", 3, 24, 256, torch.bfloat16)
-    moved = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
-    with pytest.raises(ValueError, match="activation is 'int8', but on CUDA the op takes None so far"):
-        ops.quantized_linear(**moved)
-
-
 BEST = fastkernels._C.cpu_isa()
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 

@@ -83,16 +83,19 @@ __device__ __forceinline__ void take_registers() {
 #define FK_D32(c, i) FK_D16(c, i), FK_D16(c, i + 16)
 #define FK_D48(c, i) FK_D32(c, i), FK_D16(c, i + 32)
 #define FK_D64(c, i) FK_D32(c, i), FK_D32(c, i + 32)
+#define FK_D96(c, i) FK_D64(c, i), FK_D32(c, i + 64)
 #define FK_D128(c, i) FK_D64(c, i), FK_D64(c, i + 64)
 #define FK_N8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FK_N16 FK_N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FK_N32 FK_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FK_N48 FK_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FK_N64 FK_N48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FK_N96                                                                         \
+    FK_N64                                                                             \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FK_N128                                                                                    \
-    FK_N64                                                                                         \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+    FK_N96                                                                                         \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FK_FLOAT(x) "+f"(x)
@@ -127,6 +130,8 @@ __device__ __forceinline__ void take_registers() {
         FK_WGMMA_SS(64, 32, 32, 33, 34, kind, tail, c);         \
     } else if constexpr (N == 128) {                            \
         FK_WGMMA_SS(128, 64, 64, 65, 66, kind, tail, c);        \
+    } else if constexpr (N == 192) {                            \
+        FK_WGMMA_SS(192, 96, 96, 97, 98, kind, tail, c);        \
     } else {                                                    \
         static_assert(N == 256, "no such shape of wgmma here"); \
         FK_WGMMA_SS(256, 128, 128, 129, 130, kind, tail, c);    \
@@ -179,12 +184,14 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
 #undef FK_D32
 #undef FK_D48
 #undef FK_D64
+#undef FK_D96
 #undef FK_D128
 #undef FK_N8
 #undef FK_N16
 #undef FK_N32
 #undef FK_N48
 #undef FK_N64
+#undef FK_N96
 #undef FK_N128
 #undef FK_FLOAT
 #undef FK_INT

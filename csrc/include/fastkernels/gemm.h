@@ -47,7 +47,7 @@ struct MatmulParams {
     int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
-inline constexpr int kNumMatmulTactics = 20;
+inline constexpr int kNumMatmulTactics = 16;
 
 // Counters, then partial sums, of the calls of one stream.
 inline constexpr int64_t kMatmulCounterBytes = 16384;
@@ -135,9 +135,8 @@ struct WeightOnlyParams {
     DType dtype;
 };
 
-// Tactic 1 + i: K is split over 2^(i / 2) blocks (1, 2, 4) of a cluster, and i % 2 chooses wide blocks over narrow
-// ones.
-inline constexpr int kWeightOnlyTactics = 6;
+// A tactic is the number of blocks that share K, as a cluster.
+inline constexpr int kWeightOnlyTactics = 2;
 
 int64_t packed_bytes(PackedFormat format, int64_t out_size, int64_t in_size);
 void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream);

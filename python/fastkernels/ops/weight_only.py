@@ -35,7 +35,7 @@ PACKED_FORMATS: dict[str, int] = {
     "nvfp4": 128,
     "mxfp4": 64,
 }
-WEIGHT_ONLY_TACTICS = 6
+WEIGHT_ONLY_TACTICS = 2
 ROWS, SIZE = 16, 128  # of a unit
 MAX_IN_SIZE = 1 << 17
 _CHUNK = 1 << 24  # elements that are repacked at once
@@ -162,7 +162,7 @@ def weight_only_linear(
             multiple of 8 up to 131072
     weight: of ``repack_for_cuda``; with a permutation x is gathered first, by torch
     bias:   [out_size], dtype of x, or None
-    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how K is split and how many rows a block takes
+    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how many blocks share K (on Hopper)
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first units are then read while the kernel before this one ends
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastkernels.quantize.fp8 import LARGEST, to_e4m3
-from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, usable
+from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, divide, usable
 
 BLOCK = 128
 
@@ -42,6 +42,6 @@ class Fp8Block(Scheme):
 def _quantize_rows(rows: Tensor) -> dict[str, Tensor]:
     whole = pad(rows, (0, 0, 0, -len(rows) % BLOCK))  # the last block may have fewer rows
     blocks = whole.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    scales = usable(blocks.abs().amax((1, 3)) / LARGEST)
+    scales = usable(divide(blocks.abs().amax((1, 3)), LARGEST))
     packed = to_e4m3(blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)
     return {"packed": packed[: len(rows)].contiguous(), "scales": scales}

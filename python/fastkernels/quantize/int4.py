@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, pack_nibbles, usable
+from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, divide, pack_nibbles, usable
 
 _NAME = re.compile(r"int4(?:-(g32|g64|g128|channel))?(-zeros)?")
 
@@ -66,11 +66,11 @@ class Int4(Scheme):
     def _quantize_rows(self, rows: Tensor) -> dict[str, Tensor]:
         groups = rows.unflatten(1, (-1, self.block(rows.shape[1])[1]))
         if not self.has_zeros:
-            scales = usable((groups.abs().amax(2) / 7.5).bfloat16())
+            scales = usable((divide(groups.abs().amax(2), 7.5)).bfloat16())
             codes = (groups / scales.float()[..., None]).round_().add_(8).clamp_(0, 15)
             return {"packed": pack_nibbles(codes.flatten(1)), "scales": scales}
         smallest, largest = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
-        scales = usable(((largest - smallest) / 15).bfloat16())
+        scales = usable((divide(largest - smallest, 15)).bfloat16())
         zeros = (-smallest / scales.float()).round_().clamp_(0, 15)
         codes = (groups / scales.float()[..., None]).add_(zeros[..., None]).round_().clamp_(0, 15)
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, usable
+from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, divide, usable
 
 
 class Int8Weight(Scheme):
@@ -31,5 +31,5 @@ class Int8Weight(Scheme):
 
 
 def _quantize_rows(rows: Tensor) -> dict[str, Tensor]:
-    scales = usable(rows.abs().amax(1, keepdim=True) / 127)
+    scales = usable(divide(rows.abs().amax(1, keepdim=True), 127))
     return {"packed": (rows / scales).round_().clamp_(-127, 127).to(torch.int8), "scales": scales}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkernels.quantize.fp8 import LARGEST, to_e4m3
-from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, pack_nibbles, to_e2m1, usable
+from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, divide, pack_nibbles, to_e2m1, usable
 
 BLOCK = 16
 LARGEST_E2M1 = 6.0
@@ -39,11 +39,11 @@ class Nvfp4(Scheme):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         largest = self.checked(weight).abs().amax().float() if weight.numel() else weight.new_ones(()).float()
-        global_scale = usable(largest / (LARGEST_E2M1 * LARGEST))
+        global_scale = usable(divide(largest, LARGEST_E2M1 * LARGEST))
 
         def quantize_rows(rows: Tensor) -> dict[str, Tensor]:
             blocks = rows.unflatten(1, (-1, BLOCK)) / global_scale
-            scales = to_e4m3(blocks.abs().amax(2) / LARGEST_E2M1)
+            scales = to_e4m3(divide(blocks.abs().amax(2), LARGEST_E2M1))
             codes = to_e2m1(blocks / usable(scales.float())[..., None])
             return {"packed": pack_nibbles(codes.flatten(1)), "scales": scales}
 
