@@ -16,7 +16,7 @@ from benchmarks import render
 from benchmarks.harness import ResultError, ceilings
 from benchmarks.report import Report, Row
 
-OPS = ("norm", "rope", "kv_cache", "activation", "embedding", "gemm", "sampling", "attention")
+OPS = ("attention", "gemm", "norm", "rope", "kv_cache", "activation", "embedding", "sampling")
 
 
 class What(str, Enum):
@@ -54,6 +54,7 @@ def main(
     on = _device(device, what)
     rows: list[Row] = []
     failures: list[str] = []
+    command = f"python -m benchmarks {what.value}" + (" --quick" if quick else "")
     gc.collect()
     gc.freeze()  # what is imported by now stays: collections between cases are quick
     with torch.inference_mode():
@@ -65,13 +66,12 @@ def main(
             except ResultError as error:
                 rows += error.rows
                 failures.append(str(error))
+            report = Report.of_this_machine(rows, on, ceilings(on).as_figures(), command, commit)
+            if json:  # after each module: what has been measured is kept, whatever ends the rest
+                report.write(json)
     if not rows and not failures:
         print(f"error: no row contains {only!r}", file=sys.stderr)
         raise typer.Exit(2)
-    command = f"python -m benchmarks {what.value}" + (" --quick" if quick else "")
-    report = Report.of_this_machine(rows, on, ceilings(on).as_figures(), command, commit)
-    if json:
-        report.write(json)
     render.print_report(report)
     if failures:
         print("error: wrong or no results, left out above: " + "; ".join(failures), file=sys.stderr)

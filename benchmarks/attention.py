@@ -123,11 +123,11 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
         *(Batch(f"32 x 4k, {n} drafts", ((n, 4096),) * 32) for n in (4, 8, 16)),
         *(
             decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn)
-            for n, k in [(1, 8192), (32, 1024), (32, 8192)]
+            for n, k in [(1, 8192), (32, 1024), (32, 4096), (64, 2048), (128, 1024), (256, 512), (1, 131072)]
         ),
         *(
             decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn)
-            for n, k in [(64, 4096), (128, 2048), (256, 1024)]
+            for n, k in [(32, 8192), (64, 4096), (128, 2048), (256, 1024)]
         ),
         decode(1, 262144, ", e4m3", kv_dtype=torch.float8_e4m3fn),
         decode(64, 4096, ", e5m2", kv_dtype=torch.float8_e5m2),

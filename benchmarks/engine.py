@@ -20,13 +20,32 @@ import torch
 from benchmarks import engine_peers
 from benchmarks.harness import Row, ceilings
 from fastkernels import LLM, SamplingParams
+from fastkernels.compiler import compile_model
+from fastkernels.compiler.ledger import weights_bytes
 from fastkernels.models.presets import PRESETS
 
-# The first is measured in full and beside its peers.
-CASES: dict[str, list[tuple[int, int]]] = {  # model -> (batch, tokens of context)
-    "llama-3.1-8b": [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 512)],
-    "qwen3-8b": [(1, 128), (32, 1024), (128, 1024)],
-    "llama-3.2-1b": [(1, 128), (32, 1024), (128, 1024)],
+
+@dataclass(frozen=True)
+class Setup:
+    """A model as it is run; quantization and head_quantization as LLM takes them."""
+
+    model: str
+    quantization: str | None = None
+    head_quantization: str | None = None
+
+    def __str__(self) -> str:
+        head = f", head {self.head_quantization}" if self.head_quantization else ""
+        return self.model + (f", {self.quantization}" if self.quantization else "") + head
+
+
+# The first is measured in full and beside its peers. Setup -> (batch, tokens of context)
+CASES: dict[Setup, list[tuple[int, int]]] = {
+    Setup("llama-3.1-8b"): [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 512)],
+    Setup("llama-3.1-8b", "fp8"): [(1, 128), (8, 1024), (64, 1024), (256, 512)],
+    Setup("llama-3.1-8b", "int4"): [(1, 128), (8, 1024)],
+    Setup("llama-3.1-8b", "int4", "int8-weight"): [(1, 128)],
+    Setup("qwen3-8b"): [(1, 128), (32, 1024), (128, 1024)],
+    Setup("llama-3.2-1b"): [(1, 128), (32, 1024), (128, 1024)],
 }
 PREFILLS = [128, 2048, 8192]
 FEW, MANY = 33, 161  # tokens generated
@@ -47,32 +66,34 @@ def run(*, device: torch.device, quick: bool, only: str | None) -> list[Row]:
     """Rows of decode and prefill by model; quick: the smallest model, two cases."""
     if device.type != "cuda":
         raise SystemExit("error: 'engine' measures a GPU; 'cpu' measures the engine on the CPU")
-    wanted = {"llama-3.2-1b": [(1, 128), (8, 256)]} if quick else CASES
+    wanted = {Setup("llama-3.2-1b"): [(1, 128), (8, 256)]} if quick else CASES
     rows: list[Row] = []
-    for model, cases in wanted.items():
-        cases = [case for case in cases if _selected(only, _decode_subject(model), _decode_case(*case))]
-        prefills = [n for n in PREFILLS if _selected(only, _prefill_subject(model), _prefill_case(n))]
+    for setup, cases in wanted.items():
+        cases = [case for case in cases if _selected(only, _decode_subject(setup), _decode_case(*case))]
+        prefills = [n for n in PREFILLS if _selected(only, _prefill_subject(setup), _prefill_case(n))]
         if not cases and not prefills:
             continue
-        ours = _measure_ours(model, cases, prefills, device, quick)
+        ours = _measure_ours(setup, cases, prefills, device, quick)
         peers: dict[str, engine_peers.Times] = {}
-        if model == next(iter(CASES)):
-            peers = engine_peers.measure(model, cases, prefills)
-        rows += _rows(model, ours, peers, device)
+        if setup == next(iter(CASES)):
+            peers = engine_peers.measure(setup.model, cases, prefills)
+        rows += _rows(setup, ours, peers, device)
     return rows
 
 
 def _measure_ours(
-    model: str, cases: list[tuple[int, int]], prefills: list[int], device: torch.device, quick: bool
+    setup: Setup, cases: list[tuple[int, int]], prefills: list[int], device: torch.device, quick: bool
 ) -> Measured:
     few, many = (QUICK_FEW, QUICK_MANY) if quick else (FEW, MANY)
     measured = Measured()
     began = time.perf_counter()
     rng = random.Random(0)
     with LLM(
-        model,
+        setup.model,
         device=str(device),
         random_weights=True,
+        quantization=setup.quantization,
+        head_quantization=setup.head_quantization,
         max_num_seqs=max((batch for batch, _ in cases), default=1),
         max_seq_len=max([context + many for _, context in cases] + [n + 1 for n in prefills]),
         kv_cache_fraction=0.85,
@@ -90,14 +111,14 @@ def _measure_ours(
         for num_tokens in prefills:
             times = [generate(1, num_tokens, 1) for _ in range(5)]
             measured.prefill[num_tokens] = statistics.median(times) * 1e6
-            _say(f"{model}, prefill {num_tokens}: {measured.prefill[num_tokens] / 1e3:.2f} ms")
+            _say(f"{setup}, prefill {num_tokens}: {measured.prefill[num_tokens] / 1e3:.2f} ms")
         for batch, context in cases:
             short, short_host_us = _best(generate, llm, batch, context, few)
             long, long_host_us = _best(generate, llm, batch, context, many)
             us = (long - short) / (many - few) * 1e6
             host_us = (long_host_us - short_host_us) / (many - few)
             measured.decode[batch, context], measured.host[batch, context] = us, host_us
-            _say(f"{model}, decode {batch} x {context}: {us / 1e3:.3f} ms a step, host {host_us:.0f} us")
+            _say(f"{setup}, decode {batch} x {context}: {us / 1e3:.3f} ms a step, host {host_us:.0f} us")
     gc.collect()
     torch.cuda.empty_cache()
     return measured
@@ -116,17 +137,18 @@ def _best(
 
 
 def _rows(
-    model: str, ours: Measured, peers: dict[str, engine_peers.Times], device: torch.device
+    setup: Setup, ours: Measured, peers: dict[str, engine_peers.Times], device: torch.device
 ) -> list[Row]:
     best = ceilings(device)
+    model, weight_bytes = setup.model, _weight_bytes(setup)
     rows = []
     for (batch, context), us in ours.decode.items():
-        num_bytes = _weight_bytes(model) + batch * context * _kv_bytes_per_token(model)
+        num_bytes = weight_bytes + batch * context * _kv_bytes_per_token(model)
         beside = {name: t.decode[batch, context] for name, t in peers.items() if (batch, context) in t.decode}
         peer = min(beside, key=beside.__getitem__, default="")
         rows.append(
             Row(
-                subject=_decode_subject(model),
+                subject=_decode_subject(setup),
                 case=_decode_case(batch, context),
                 device="cuda",
                 dtype="bf16",
@@ -143,11 +165,11 @@ def _rows(
         beside = {name: t.prefill[num_tokens] for name, t in peers.items() if num_tokens in t.prefill}
         peer = min(beside, key=beside.__getitem__, default="")
         flops = _prefill_flops(model, num_tokens)
-        weights_us = _weight_bytes(model) / best.copy_tb_s / 1e6
+        weights_us = weight_bytes / best.copy_tb_s / 1e6
         matrix_us = flops / best.matrix_tflop_s / 1e6
         rows.append(
             Row(
-                subject=_prefill_subject(model),
+                subject=_prefill_subject(setup),
                 case=_prefill_case(num_tokens),
                 device="cuda",
                 dtype="bf16",
@@ -173,10 +195,12 @@ def _matrix_elements(model: str) -> int:
     return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
 
-def _weight_bytes(model: str) -> int:
-    """What every step reads: the layers and the head, in bf16."""
-    c = PRESETS[model]
-    return 2 * (_matrix_elements(model) + c.vocab_size * c.hidden_size)
+def _weight_bytes(setup: Setup) -> int:
+    """What every step reads: all weights of the plan but the table of embeddings, of which it reads rows."""
+    config = PRESETS[setup.model]
+    plan = compile_model(config, quantization=setup.quantization, head_quantization=setup.head_quantization)
+    table = 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
+    return weights_bytes(plan, element_bytes=2) - table
 
 
 def _kv_bytes_per_token(model: str) -> int:
@@ -194,16 +218,16 @@ def _prefill_flops(model: str, num_tokens: int) -> int:
 # --- names --------------------------------------------------------------------------------------------------
 
 
-def _decode_subject(model: str) -> str:
-    return f"decode step, {model}"
+def _decode_subject(setup: Setup) -> str:
+    return f"decode step, {setup}"
 
 
 def _decode_case(batch: int, context: int) -> str:
     return f"{batch} x {context}"
 
 
-def _prefill_subject(model: str) -> str:
-    return f"prefill, {model}"
+def _prefill_subject(setup: Setup) -> str:
+    return f"prefill, {setup}"
 
 
 def _prefill_case(num_tokens: int) -> str:

@@ -14,6 +14,12 @@ from fastkernels import ops
 from fastkernels.ops.gemm import matmul, matmul_workspace
 from fastkernels.quantize import Repacked, find_scheme
 
+_TOKENS = {  # of matmul, by type
+    "bf16": (32, 64, 128, 512, 2048, 8192),
+    "fp8": (1, 16, 64, 512, 2048, 8192),
+    "fp8 block": (64, 2048),
+    "int8": (1, 16, 64, 512, 2048),
+}
 WEIGHT_ONLY = ("int4", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
 
 
@@ -61,16 +67,18 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
             yield _case(name, num_tokens, out_size, in_size, shapes.dtype, device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         workspace = matmul_workspace(device)
-        for kind in _PEERS:
-            for num_tokens in (64, 2048) if quick else (16, 32, 64, 128, 256, 512, 2048, 8192):
+        for kind, tokens in _TOKENS.items():
+            for num_tokens in tokens[1:3] if quick else tokens:
                 for name, (out_size, in_size) in list(_products(shapes).items())[:4]:
                     yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace)
-        yield _matmul_case("fp8 block", "deepseek", 4096, 7168, 16384, device, workspace)
+        for kind in ("fp8", "fp8 block"):
+            yield _matmul_case(kind, "deepseek", 4096, 7168, 16384, device, workspace)
     if device.type != "cuda":
         return
     for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
-        for num_tokens in (1, 16) if quick else (1, 4, 8, 16, 32, 64):
-            for name, (out_size, in_size) in _products(shapes).items():
+        first = scheme == WEIGHT_ONLY[0]
+        for num_tokens in (1, 16) if quick else (1, 8, 16, 64, 512) if first else (1,):
+            for name, (out_size, in_size) in list(_products(shapes).items())[: 5 if first else 4]:
                 yield _weight_only_case(scheme, name, num_tokens, out_size, in_size, shapes.dtype, device)
 
 
