@@ -75,6 +75,8 @@ OPS: dict[str, _Op] = {
     "embedding": _Op(_plain, {}),
     "linear": _Op(_plain, {}),
     "quantized_linear": _Op(_plain, {}),
+    "quantize": _Op(_plain, {}),
+    "matmul": _Op(_plain, {}),
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),
     "rope": _Op(lambda node, values: (*values, "positions", "cos_sin"), {0: (0,), 1: (1,)}),
