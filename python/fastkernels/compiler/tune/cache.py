@@ -81,7 +81,7 @@ class TacticCache:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             if not self._is_broken:
-                _warn(f"the tuner's cache {self.path} is broken, so it is empty until rebuilt: {reason}")
+                _warn(f"the tuner's cache {self.path} is of no use until it is rebuilt: {reason}")
             self._is_broken = True
             return {"format": _FORMAT, "gpus": {}}
         return dict(whole)
@@ -108,11 +108,14 @@ def _values(mapping: Any) -> list[Any]:
 
 def _timed(entry: Any) -> Timed:
     times = entry.get("us") if isinstance(entry, dict) else None
-    if not isinstance(times, dict) or not all(isinstance(us, int | float) for us in times.values()):
+    name = str(entry.get("tactic")) if times else ""
+    if (
+        not isinstance(times, dict)
+        or name not in times
+        or not all(isinstance(us, int | float) for us in times.values())
+    ):
         raise ValueError(f"{str(entry)[:40]!r} stands where a tactic and times should")
-    return Timed(
-        Tactic.parse(str(entry.get("tactic"))), {Tactic.parse(name): us for name, us in times.items()}
-    )
+    return Timed(Tactic.parse(name), {Tactic.parse(other): us for other, us in times.items()})
 
 
 def _warn(sentence: str) -> None:

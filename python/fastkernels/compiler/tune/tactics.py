@@ -70,8 +70,9 @@ class Product:
     has_bias: bool = False
 
     def __str__(self) -> str:
+        result = "" if self.op == "linear" else f" {dtype_name(self.dtype)}"
         bias = " bias" if self.has_bias else ""
-        return f"{self.op} {self.weight} {dtype_name(self.dtype)} {self.out_size}x{self.in_size}{bias}"
+        return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}"
 
 
 def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
