@@ -3,7 +3,9 @@
 import json
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from fastkernels.compiler.tune import (
     tune,
 )
 from fastkernels.compiler.tune.calls import random_weight, random_x
-from fastkernels.compiler.tune.timer import num_copies, rounds
+from fastkernels.compiler.tune.timer import CudaTimer, num_copies, rounds
 from fastkernels.config import ConfigError, cache_folder, tune_mode
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops.gemm import MATMUL_TILES, NUM_MATMUL_TACTICS
@@ -367,10 +369,86 @@ def test_a_matmul_without_workspace_is_refused():
 def test_copies_pass_the_cache_and_replays_last():
     l2_bytes = 50 << 20
     assert num_copies(128256 * 4096 * 2, l2_bytes) == 2
+    assert num_copies(100, l2_bytes) == 64
     for weight_bytes in (4096 * 4096, 6144 * 4096 * 2):
         assert 3 * l2_bytes <= num_copies(weight_bytes, l2_bytes) * weight_bytes < 4 * l2_bytes + weight_bytes
     assert rounds(QKV, 8192, 6144 * 4096 * 2, 4) == 1
     assert rounds(QKV, 1, 6144 * 4096 * 2, 4) == 8  # of 4 calls of about 12.6 us
+
+
+class MadeUpCuda:
+    """What the timer asks of torch.cuda, on the CPU: nothing is captured, and a replay takes 100 us."""
+
+    class Graph:
+        captured = False
+
+        def capture_begin(self, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+
+        def capture_end(self) -> None:
+            self.captured = True
+
+        def replay(self) -> None:
+            assert self.captured
+
+        def reset(self) -> None:
+            self.captured = False
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.recorded = False
+
+        def record(self) -> None:
+            self.recorded = True
+
+        def elapsed_time(self, end: "MadeUpCuda.Event") -> float:
+            assert self.recorded and end.recorded
+            return 0.1
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None: ...
+        def synchronize(self) -> None: ...
+
+    CUDAGraph = Graph
+
+    @staticmethod
+    def stream(stream: Stream) -> nullcontext[None]:
+        return nullcontext()
+
+    @staticmethod
+    def device(device: torch.device) -> nullcontext[None]:
+        return nullcontext()
+
+    @staticmethod
+    def get_device_capability(device: torch.device) -> tuple[int, int]:
+        return AMPERE
+
+    @staticmethod
+    def get_device_properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(L2_cache_size=1 << 20)
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+
+def test_the_timer_with_a_gpu_that_is_made_up(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", MadeUpCuda)
+    timer = CudaTimer(torch.device("cpu"))
+    for product in (
+        Product("linear", "bf16", BF16, 512, 1024),
+        Product("linear", "bf16", BF16, 512, 256, has_bias=True),
+    ):
+        weight_bytes = product.out_size * (product.in_size + product.has_bias) * 2
+        copies = num_copies(weight_bytes, 1 << 20)
+        for num_tokens in (32, 4, 64):
+            for tactic in tactics_of(product, num_tokens, AMPERE):
+                calls = copies * rounds(product, num_tokens, weight_bytes, copies)
+                assert timer(product, num_tokens, tactic) == pytest.approx(100 / calls)
+            assert len(timer._weights) == copies and len(timer._out) == max(32, num_tokens)
+            expected = timer._x[0][:num_tokens].double() @ timer._weights[-1][0].double().t()
+            if product.has_bias:
+                expected += timer._weights[-1][1]
+            assert (timer._out[:num_tokens] - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_a_full_tune_of_llama_8b_is_small():

@@ -373,7 +373,7 @@ def test_schemes_by_compute_capability(demo, monkeypatch):
             r"this one has 8\.0, where there are int8-weight, int4 and its endings, nvfp4 and mxfp4",
         ):
             on_cuda(name, (8, 0))
-    assert on_cuda("int4-g32", (8, 0)) == "int4-g32@cuda"
+    assert on_cuda("int4-g32", (8, 0)) == on_cuda("int4-g32@cuda", (8, 0)) == "int4-g32@cuda"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     options = EngineConfig(quantization="int4", head_quantization="fp8")
     with pytest.raises(QuantizationError, match=r"this one has 8\.9"):

@@ -65,6 +65,7 @@ def on_cuda(name: str, capability: tuple[int, int]) -> str:
 
     Raises QuantizationError for one that has no kernel there, naming those that have.
     """
+    name = name.removesuffix(SUFFIX)
     if find_scheme(name).activation is not None and capability != (9, 0):
         raise QuantizationError(
             f"{name} rounds activations, and its products are for GPUs of compute capability 9.0; this one "

@@ -13,6 +13,7 @@ from fastkernels.compiler.tune.tactics import HOPPER, Product, Tactic
 from fastkernels.ops.gemm import matmul_workspace
 
 _L2_SIZES = 3  # what the copies of a weight take together, so that a copy is gone when its turn comes again
+_MOST_COPIES = 64
 _REPLAYS = 3
 _REPLAY_US = 400.0  # of a replay at least: while the first runs, the host submits the others
 _BYTES_PER_US, _FLOPS_PER_US, _LEAST_US = 4e6, 7e8, 2.0  # a guess of how long a call takes
@@ -82,7 +83,8 @@ class CudaTimer:
 
 
 def num_copies(weight_bytes: int, l2_bytes: int) -> int:
-    return max(2, math.ceil(_L2_SIZES * l2_bytes / weight_bytes))
+    """Weights so small that the most do not pass the cache may be found there in an engine too."""
+    return max(2, min(_MOST_COPIES, math.ceil(_L2_SIZES * l2_bytes / weight_bytes)))
 
 
 def rounds(product: Product, num_tokens: int, weight_bytes: int, copies: int) -> int:
