@@ -1,5 +1,6 @@
 """Engines with quantised weights: loaded as the scheme says, and as good as torch on the same weights."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from fastkernels import LLM, SamplingParams, ops
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.checkpoint.weights import load_weights as load_definition
-from fastkernels.compiler import PASSES, CompileError, compile_model
+from fastkernels.compiler import PASSES, CompileError, Plan, compile_model
 from fastkernels.compiler.ledger import estimate, weights_bytes
 from fastkernels.config import ConfigError, EngineConfig
 from fastkernels.models import build
@@ -302,7 +303,8 @@ def test_rounded_activations_decode_as_they_prefill(demo, name, device):
 @pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
 def test_a_plan_that_rounds_activations_for_a_gpu(demo, name):
     """quantize and matmul, in arena buffers of bytes; weights and their bytes are the scheme's own."""
-    plan = compile_model(demo.config, quantization=f"{name}@cuda", head_quantization="int8@cuda")
+    schemes = {"quantization": f"{name}@cuda", "head_quantization": "int8@cuda"}
+    plan = compile_model(demo.config, **schemes, disabled_passes=["fuse_quantize"])
     plain = compile_model(demo.config, quantization=name, head_quantization="int8")
     ops_of = [step.op for step in plan.steps]
     assert ops_of.count("quantize") == ops_of.count("matmul") == 4 * demo.config.num_layers + 1
@@ -322,11 +324,30 @@ def test_a_plan_that_rounds_activations_for_a_gpu(demo, name):
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), "not interleaved"
 
 
+def count_ops(plan: Plan) -> dict[str, int]:
+    """Of the steps that make bytes or take them; a layer's, where every layer has as many."""
+    counts = Counter(step.op for step in plan.steps if "quant" in step.op or step.op == "matmul")
+    return {op: count // plan.config.num_layers for op, count in counts.items()}
+
+
 def test_linears_that_share_an_input_share_its_bytes(demo):
-    plan = compile_model(demo.config, quantization="fp8@cuda", disabled_passes=["merge_qkv", "merge_gate_up"])
-    ops_of = [step.op for step in plan.steps]
-    assert ops_of.count("quantize") == 4 * demo.config.num_layers
-    assert ops_of.count("matmul") == 7 * demo.config.num_layers
+    disabled = ["merge_qkv", "merge_gate_up", "fuse_quantize"]
+    plan = compile_model(demo.config, quantization="fp8@cuda", disabled_passes=disabled)
+    assert count_ops(plan) == {"quantize": 4, "matmul": 7}
+
+
+def test_bytes_are_made_where_the_values_are(demo):
+    """But for what attention gives, and the head, whose rows are picked first."""
+
+    def fused(*disabled: str) -> dict[str, int]:
+        one = replace(demo.config, num_layers=1, sliding_window=())
+        return count_ops(compile_model(one, quantization="fp8@cuda", disabled_passes=disabled))
+
+    norms = {"rms_norm_quant": 1, "add_rms_norm_quant": 1}
+    assert fused() == {**norms, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
+    assert fused("act_mul") == {**norms, "quantize": 2, "matmul": 4}
+    assert fused("merge_qkv", "merge_gate_up") == {**norms, "quantize": 2, "matmul": 7}
+    assert fused("add_norm") == {"rms_norm_quant": 2, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
 
 
 def matmul_on_the_cpu(inputs, outputs, attributes):
@@ -343,16 +364,19 @@ def matmul_on_the_cpu(inputs, outputs, attributes):
     return call
 
 
+@pytest.mark.parametrize("disabled", [(), ("fuse_quantize",)], ids=["fused", "alone"])
 @pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
-def test_the_gpus_plan_gives_the_cpus_logits(demo, name, monkeypatch):
+def test_the_gpus_plan_gives_the_cpus_logits(demo, name, disabled, monkeypatch):
     monkeypatch.setitem(bind.BINDERS, "matmul", matmul_on_the_cpu)
     ids = list(range(40, 100))
+    options = {"device": "cpu", "max_num_seqs": 1, "disabled_passes": disabled}
     logits = []
     for ending in ("", "@cuda"):
-        with LLM("demo", device="cpu", max_num_seqs=1, quantization=name + ending) as llm:
+        with LLM("demo", quantization=name + ending, **options) as llm:
             logits.append(llm.logits(ids))
     # Sums in another order move some of the rounded activations by a step, and those after them more.
     assert (logits[1] - logits[0]).norm() <= 0.03 * logits[0].norm()
+    assert (logits[1][0] - logits[0][0]).norm() <= 0.01 * logits[0][0].norm()
 
 
 def test_a_gpus_plan_does_not_run_on_the_cpu():

@@ -81,8 +81,14 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 
-def _quantize(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    return partial(_fk.quantize.default, *inputs, KINDS[attributes["per"]], *outputs)
+def _quantizing(op: Callable[..., object]) -> Callable[[list[Tensor], list[Tensor], Attributes], Call]:
+    """An op that writes bytes and their scales; a norm's eps comes before what they are per."""
+
+    def bind_op(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+        eps = [attributes["eps"]] if "eps" in attributes else []
+        return partial(op, *inputs, *eps, KINDS[attributes["per"]], *outputs[:2])
+
+    return bind_op
 
 
 def _only_on_a_gpu(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
@@ -174,7 +180,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
     "quantized_linear": _quantized_linear,
-    "quantize": _quantize,
+    "quantize": _quantizing(_fk.quantize.default),
     "matmul": _only_on_a_gpu,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -186,6 +192,9 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "mul": _torch_out(_aten.mul.out),
     "add": _torch_out(_aten.add.out),
     "silu_mul": _plain(_fk.silu_mul.default),
+    "rms_norm_quant": _quantizing(_fk.rms_norm_quant.default),
+    "add_rms_norm_quant": _quantizing(_fk.add_rms_norm_quant.default),
+    "silu_mul_quant": _quantizing(_fk.silu_mul_quant.default),
     "gather_rows": _plain(_fk.gather_rows.default),
 }
 
