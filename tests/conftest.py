@@ -9,7 +9,6 @@ import torch
 import fastkernels
 from fastkernels.ops import reference
 
-
 os.environ.setdefault("FASTKERNELS_TUNE", "off")  # what was tuned on this machine is no part of a test
 
 
