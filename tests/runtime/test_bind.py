@@ -126,6 +126,17 @@ def test_misaligned_rows_are_torchs():
         assert call(None, num_tokens, choice, misaligned=True)[0].func is _aten.mm.out
 
 
+def test_a_head_of_an_odd_size_is_streamed():
+    step = Step("linear", ("x", "weight"), ("out",), {})
+    x, weight = (
+        torch.empty(3, IN, dtype=BF16, device="meta"),
+        torch.empty(1003, IN, dtype=BF16, device="meta"),
+    )
+    out = torch.empty(3, 1003, dtype=BF16, device="meta")
+    bound = bind(step, [x, weight], [out], num_tokens=3, dtype=BF16, products=Products())
+    assert bound.func is _fk.linear.default
+
+
 # --- choosing, with a GPU that is made up -----------------------------------------------------------------
 
 

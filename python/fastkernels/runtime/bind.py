@@ -40,7 +40,7 @@ class Products:
 
     def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
         tactic = self.choices.tactic(product, inputs[0].shape[0])
-        if product.op == "linear" and not all(_is_aligned(tensor) for tensor in (*inputs[:2], out)):
+        if product.op == "linear" and not all(map(_is_aligned, inputs[:2])):
             tactic = TORCH
         return call_of(product, tactic, inputs, out, self.workspace)
 
@@ -77,7 +77,7 @@ def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """As our kernels want x, weight and out."""
+    """As our kernels want x and weight; out of a size that they take is."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 
