@@ -12,7 +12,7 @@ CSRC = ROOT / "csrc"
 
 # Top to bottom; a module may import its own layer and those below. "" is fastkernels/__init__.py.
 PYTHON_LAYERS = (
-    ("", "cli", "generate", "inspect", "serving", "integrations", "progress"),
+    ("", "cli", "generate", "inspect", "serving", "integrations", "progress", "tune"),
     ("llm",),
     ("runtime",),
     ("speculative", "guided"),

@@ -8,6 +8,7 @@ import typer
 
 from fastkernels.generate import EPILOG, generate
 from fastkernels.inspect import inspect
+from fastkernels.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +20,7 @@ app = typer.Typer(
     fastkernels generate                 the demo model continues a line of Python
     fastkernels generate --help          models, sampling, JSON output
     fastkernels inspect demo             what a model is compiled to
+    fastkernels tune llama-3.1-8b        the fastest matrix products on this GPU, for engines to come
     fastkernels --install-completion     completion for your shell
     """,
 )
@@ -43,6 +45,7 @@ def _root(
 
 app.command(name="generate", epilog=EPILOG)(generate)
 app.command(name="inspect")(inspect)
+app.command(name="tune")(tune)
 
 
 def main() -> None:

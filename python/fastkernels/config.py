@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastkernels.errors import SamplingError
@@ -440,7 +441,7 @@ class EngineConfig:
     random_weights:    seeded random weights at the model's shapes, for benchmarks
     quantization:      scheme that the weights of all linears but the head are rounded to as they are loaded:
                        "fp8", "fp8-block", "int8", "int8-weight", "int4", "nvfp4", "mxfp4"; more in
-                       ``fastkernels.quantize``. On CUDA those that leave activations as they are
+                       ``fastkernels.quantize``. On CUDA the first three are for compute capability 9.0
     head_quantization: the head's; None keeps it as it is
     Raises ConfigError for a value outside its range.
     """
@@ -494,3 +495,25 @@ ENGINE_DTYPES = ("auto", "bf16", "fp16", "fp32")
 def debug() -> bool:
     """Whether FASTKERNELS_DEBUG is set: checks that cost time (page ids against the cache, say) are made."""
     return os.environ.get("FASTKERNELS_DEBUG", "") not in ("", "0")
+
+
+TuneMode = Literal["off", "cached", "full"]
+TUNE_MODES: tuple[TuneMode, ...] = ("off", "cached", "full")
+
+
+def tune_mode() -> TuneMode:
+    """FASTKERNELS_TUNE: where an engine's tactics come from, "cached" by default; see ``compiler/tune``.
+
+    Raises ConfigError for another value.
+    """
+    named = os.environ.get("FASTKERNELS_TUNE") or "cached"
+    for mode in TUNE_MODES:
+        if mode == named:
+            return mode
+    raise ConfigError(f"FASTKERNELS_TUNE is {named!r}; it must be one of {', '.join(TUNE_MODES)}")
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/fastkernels, or ~/.cache/fastkernels."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    return (Path(named) if named else Path.home() / ".cache") / "fastkernels"

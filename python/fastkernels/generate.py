@@ -85,7 +85,7 @@ def generate(
         str | None,
         typer.Option(
             help="Round the weights as they are loaded: fp8, fp8-block, int8, int8-weight, int4, nvfp4, "
-            "mxfp4. On CUDA so far int8-weight, int4 and its endings, nvfp4 and mxfp4."
+            "mxfp4. On CUDA the first three need compute capability 9.0."
         ),
     ] = None,
     head_quantization: Annotated[

@@ -19,6 +19,7 @@ from fastkernels.compiler.ledger import estimate
 from fastkernels.config import ConfigError, ModelConfig
 from fastkernels.errors import ModelNotFoundError
 from fastkernels.models.presets import PRESETS
+from fastkernels.ops.gemm import matmul_workspace_bytes
 from fastkernels.progress import failing_clearly
 from fastkernels.runtime.build import DEMO_FOLDER
 from fastkernels.runtime.step import StepBuffers
@@ -71,7 +72,8 @@ def inspect(
             max_seq_len=seq_len,
             page_size=page_size,
             element_bytes=element_bytes,
-            workspaces_bytes=_workspaces_bytes(config, max_num_tokens, max_num_seqs, seq_len, page_size),
+            workspaces_bytes=_workspaces_bytes(config, max_num_tokens, max_num_seqs, seq_len, page_size)
+            + (matmul_workspace_bytes(_NUM_SMS) if element_bytes == 2 else 0),
             available_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         )
         if memory_gib is not None:
@@ -144,7 +146,7 @@ def ledger_table(ledger: Ledger) -> Table:
     table.add_column("")
     notes = {
         "arena": f"{format_bytes(ledger.arena_unshared_bytes)} if nothing were shared",
-        "workspaces": f"step buffers, rotary table, attention on {_NUM_SMS} multiprocessors",
+        "workspaces": f"step buffers, rotary table, attention and products on {_NUM_SMS} multiprocessors",
         "graphs": "measured when an engine starts",
     }
     for name, size_bytes in ledger.parts.items():

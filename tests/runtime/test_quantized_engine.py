@@ -1,5 +1,6 @@
 """Engines with quantised weights: loaded as the scheme says, and as good as torch on the same weights."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,14 @@ from torch import nn
 from fastkernels import LLM, SamplingParams, ops
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.checkpoint.weights import load_weights as load_definition
-from fastkernels.compiler import PASSES, compile_model
+from fastkernels.compiler import PASSES, CompileError, Plan, compile_model
 from fastkernels.compiler.ledger import estimate, weights_bytes
-from fastkernels.config import ConfigError
+from fastkernels.config import ConfigError, EngineConfig
 from fastkernels.models import build
 from fastkernels.ops import reference
-from fastkernels.quantize import SCHEMES, QuantizationError, Scheme, find_scheme
-from fastkernels.runtime.build import DEMO_FOLDER
+from fastkernels.quantize import SCHEMES, QuantizationError, Scheme, find_scheme, on_cuda
+from fastkernels.runtime import bind
+from fastkernels.runtime.build import DEMO_FOLDER, compile_for
 from fastkernels.runtime.weights import load_weights, random_weights
 from tests.checkpoints import make_checkpoint
 from tests.conftest import CUDA_REASON
@@ -257,13 +259,158 @@ def test_engines_on_cuda(demo, name, dtype):
 
 @pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 def test_what_cuda_does_not_take():
-    for name in ("fp8", "fp8-block", "int8"):
-        with pytest.raises(
-            QuantizationError, match=f"{name} rounds activations, for which there is no GPU kernel"
-        ):
-            LLM("demo", device="cuda", dtype="bf16", quantization=name)
     with pytest.raises(ConfigError, match="quantised weights on CUDA take dtype bf16 or fp16"):
         LLM("demo", device="cuda", dtype="fp32", quantization="int4")
+
+
+def skip_without_hopper(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("schemes that round activations are for Hopper GPUs")
+
+
+@pytest.mark.parametrize("head", [None, "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+def test_rounded_activations_give_the_cpus_logits(demo, name, dtype, head, device):
+    """One sequence in steps of many tokens, and of 1, 3 and 17; against the CPU's engine in fp32."""
+    skip_without_hopper(device)
+    ids = list(range(40, 100))
+    options = {"max_num_seqs": 1, "quantization": name, "head_quantization": head}
+    with LLM("demo", device="cpu", dtype="fp32", **options) as llm:
+        exact = llm.logits(ids)
+    for max_num_tokens in (64, 17, 3, 1):
+        with LLM("demo", device=device.type, dtype=dtype, max_num_tokens=max_num_tokens, **options) as llm:
+            logits = llm.logits(ids).cpu()
+        assert torch.isfinite(logits).all()
+        assert (logits - exact).norm() <= 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+def test_rounded_activations_decode_as_they_prefill(demo, name, device):
+    """Tokens that decode steps chose, in graphs on a GPU, are (nearly) those that a prefill would."""
+    skip_without_hopper(device)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    with LLM("demo", device=device.type, dtype="bf16", max_num_seqs=4, quantization=name) as llm:
+        outputs = llm.generate(PROMPTS, params)
+        assert [o.token_ids for o in llm.generate(PROMPTS, params)] == [o.token_ids for o in outputs]
+        for output in outputs:
+            prompt = output.prompt_token_ids
+            logits = llm.logits(prompt + output.token_ids[:-1])[len(prompt) - 1 :]
+            chosen = logits.gather(1, torch.tensor(output.token_ids, device=logits.device)[:, None])[:, 0]
+            assert (logits.amax(1) - chosen).max() <= 0.05 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+def test_a_plan_that_rounds_activations_for_a_gpu(demo, name):
+    """quantize and matmul, in arena buffers of bytes; weights and their bytes are the scheme's own."""
+    schemes = {"quantization": f"{name}@cuda", "head_quantization": "int8@cuda"}
+    plan = compile_model(demo.config, **schemes, disabled_passes=["fuse_quantize"])
+    plain = compile_model(demo.config, quantization=name, head_quantization="int8")
+    ops_of = [step.op for step in plan.steps]
+    assert ops_of.count("quantize") == ops_of.count("matmul") == 4 * demo.config.num_layers + 1
+    assert [step.op for step in plan.steps[plan.head_start :]] == ["gather_rows", "quantize", "matmul"]
+    assert {spec.name: spec.shape for spec in plan.weights.values()} == {
+        spec.name: spec.shape for spec in plain.weights.values()
+    }
+    step = next(step for step in plan.steps if step.op == "quantize")
+    bytes_, scales = (plan.buffers[output] for output in step.outputs)
+    assert (bytes_.kind, bytes_.row_shape) == ("arena", (256,))
+    assert bytes_.dtype == ("int8" if name == "int8" else "float8_e4m3fn")
+    assert (scales.row_shape, scales.dtype) == ((2,) if name == "fp8-block" else (), "float32")
+    weights = load_weights(plan, demo, device="cpu", dtype=torch.bfloat16)
+    merged = torch.cat([demo.tensor(f"model.layers.3.self_attn.{part}_proj.weight") for part in "qkv"])
+    expected = find_scheme(name).quantize(merged)["packed"]
+    found = weights["model.layers.3.self_attn.qkv_proj.weight.packed"]
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), "not interleaved"
+
+
+def count_ops(plan: Plan) -> dict[str, int]:
+    """Of the steps that make bytes or take them; a layer's, where every layer has as many."""
+    counts = Counter(step.op for step in plan.steps if "quant" in step.op or step.op == "matmul")
+    return {op: count // plan.config.num_layers for op, count in counts.items()}
+
+
+def test_linears_that_share_an_input_share_its_bytes(demo):
+    disabled = ["merge_qkv", "merge_gate_up", "fuse_quantize"]
+    plan = compile_model(demo.config, quantization="fp8@cuda", disabled_passes=disabled)
+    assert count_ops(plan) == {"quantize": 4, "matmul": 7}
+
+
+def test_bytes_are_made_where_the_values_are(demo):
+    """But for what attention gives, and the head, whose rows are picked first."""
+
+    def fused(*disabled: str) -> dict[str, int]:
+        one = replace(demo.config, num_layers=1, sliding_window=())
+        return count_ops(compile_model(one, quantization="fp8@cuda", disabled_passes=disabled))
+
+    norms = {"rms_norm_quant": 1, "add_rms_norm_quant": 1}
+    assert fused() == {**norms, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
+    assert fused("act_mul") == {**norms, "quantize": 2, "matmul": 4}
+    assert fused("merge_qkv", "merge_gate_up") == {**norms, "quantize": 2, "matmul": 7}
+    assert fused("add_norm") == {"rms_norm_quant": 2, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
+
+
+def matmul_on_the_cpu(inputs, outputs, attributes):
+    """What the GPU's kernel computes, for a plan that is run without one."""
+    x, x_scales, weight, scales, *bias = inputs
+    block = find_scheme(attributes["scheme"]).block(x.shape[1])
+
+    def call() -> None:
+        whole = reference.dequantize_weight(weight, scales, "e4m3", block, None, None, torch.float32)
+        by_element = x_scales[:, None] if x_scales.dim() == 1 else x_scales.repeat_interleave(128, 1)
+        product = (x.float() * by_element) @ whole.t()
+        outputs[0].copy_(product + bias[0] if bias else product)
+
+    return call
+
+
+@pytest.mark.parametrize("disabled", [(), ("fuse_quantize",)], ids=["fused", "alone"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+def test_the_gpus_plan_gives_the_cpus_logits(demo, name, disabled, monkeypatch):
+    monkeypatch.setitem(bind.BINDERS, "matmul", matmul_on_the_cpu)
+    ids = list(range(40, 100))
+    options = {"device": "cpu", "max_num_seqs": 1, "disabled_passes": disabled}
+    logits = []
+    for ending in ("", "@cuda"):
+        with LLM("demo", quantization=name + ending, **options) as llm:
+            logits.append(llm.logits(ids))
+    # Sums in another order move some of the rounded activations by a step, and those after them more.
+    assert (logits[1] - logits[0]).norm() <= 0.03 * logits[0].norm()
+    assert (logits[1][0] - logits[0][0]).norm() <= 0.01 * logits[0][0].norm()
+
+
+def test_a_gpus_plan_does_not_run_on_the_cpu():
+    for name in ("fp8@cuda", "int4@cuda"):
+        with (
+            LLM("demo", device="cpu", max_num_seqs=1, quantization=name) as llm,
+            pytest.raises(CompileError, match=f"the plan holds {name}, whose products are for GPUs"),
+        ):
+            llm.logits([1, 2, 3])
+
+
+def test_schemes_by_compute_capability(demo, monkeypatch):
+    for name in ("fp8", "fp8-block", "int8"):
+        assert on_cuda(name, (9, 0)) == f"{name}@cuda"
+        with pytest.raises(
+            QuantizationError,
+            match=rf"{name} rounds activations, and its products are for GPUs of compute capability 9\.0; "
+            r"this one has 8\.0, where there are int8-weight, int4 and its endings, nvfp4 and mxfp4",
+        ):
+            on_cuda(name, (8, 0))
+    assert on_cuda("int4-g32", (8, 0)) == on_cuda("int4-g32@cuda", (8, 0)) == "int4-g32@cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    options = EngineConfig(quantization="int4", head_quantization="fp8")
+    with pytest.raises(QuantizationError, match=r"this one has 8\.9"):
+        compile_for(demo.config, options, torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_sizes_that_the_gpus_products_do_not_take(demo):
+    with pytest.raises(QuantizationError, match="fp8@cuda takes rows of a multiple of 16, 16 bytes; this"):
+        compile_model(replace(demo.config, intermediate_size=648), quantization="fp8@cuda")
+    with pytest.raises(
+        QuantizationError, match=r"int8@cuda takes a multiple of 8 rows.*this weight has 4001"
+    ):
+        compile_model(replace(demo.config, vocab_size=4001), head_quantization="int8@cuda")
 
 
 @pytest.mark.parametrize("name", ["int8-weight", "int4", "int4-zeros", "nvfp4", "mxfp4"])

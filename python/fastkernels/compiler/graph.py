@@ -26,7 +26,8 @@ class CompileError(ValueError):
 
 @dataclass(frozen=True)
 class Value:
-    """name: unique in its graph; row_shape: the shape without the rows; dtype: "model" or "int32"."""
+    """name: unique in its graph; row_shape: the shape without the rows; dtype: "model" or a name of
+    torch's."""
 
     name: str
     row_shape: tuple[int, ...]

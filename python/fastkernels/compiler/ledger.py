@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
-
-from fastkernels.compiler.memory import arena_layout
+from fastkernels.compiler.memory import arena_layout, item_bytes
 from fastkernels.compiler.plan import Plan
 from fastkernels.config import ModelConfig
 
@@ -95,11 +93,7 @@ def kv_bytes_per_page(config: ModelConfig, page_size: int, element_bytes: int) -
 
 def weights_bytes(plan: Plan, element_bytes: int) -> int:
     """element_bytes: of the model's dtype"""
-
-    def item_bytes(dtype: str) -> int:
-        return element_bytes if dtype == "model" else int(getattr(torch, dtype).itemsize)
-
-    return sum(prod(spec.shape) * item_bytes(spec.dtype) for spec in plan.weights.values())
+    return sum(prod(spec.shape) * item_bytes(spec.dtype, element_bytes) for spec in plan.weights.values())
 
 
 def estimate(

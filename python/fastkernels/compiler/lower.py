@@ -75,6 +75,8 @@ OPS: dict[str, _Op] = {
     "embedding": _Op(_plain, {}),
     "linear": _Op(_plain, {}),
     "quantized_linear": _Op(_plain, {}),
+    "quantize": _Op(_plain, {}),
+    "matmul": _Op(_plain, {}),
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),
     "rope": _Op(lambda node, values: (*values, "positions", "cos_sin"), {0: (0,), 1: (1,)}),
@@ -87,6 +89,9 @@ OPS: dict[str, _Op] = {
     "mul": _Op(_plain, {0: (0, 1)}),
     "add": _Op(_plain, {0: (0, 1)}),
     "silu_mul": _Op(_plain, {}),
+    "rms_norm_quant": _Op(_plain, {}),
+    "add_rms_norm_quant": _Op(_plain, {2: (1,)}, must=(2,)),
+    "silu_mul_quant": _Op(_plain, {}),
     "gather_rows": _Op(lambda node, values: (*values, "logits_indices"), {}),
 }
 """The steps there are: kernels of fastkernels.ops or, for linear, silu, mul and add, of torch."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fastkernels.compiler.plan import Plan
 
 ALIGNMENT_BYTES = 256
 
-_INT32_BYTES = 4
+
+def item_bytes(dtype: str, element_bytes: int) -> int:
+    """Of an element of a buffer or weight; element_bytes: of the model's dtype."""
+    return element_bytes if dtype == "model" else int(getattr(torch, dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def arena_lifetimes(
         crosses = begin < plan.head_start <= last[name]
         stop = end if crosses or name == plan.root(plan.output).name else last[name]
         rows = max_num_seqs if buffer.rows == "logits" else max_num_tokens
-        item_bytes = element_bytes if buffer.dtype == "model" else _INT32_BYTES
-        lifetimes.append(Lifetime(name, rows * buffer.row_size * item_bytes, begin, stop))
+        row_bytes = buffer.row_size * item_bytes(buffer.dtype, element_bytes)
+        lifetimes.append(Lifetime(name, rows * row_bytes, begin, stop))
     return lifetimes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,27 @@ from fastkernels.ops.checks import (
 
 LINEAR_MAX_TOKENS = 16
 
-NUM_MATMUL_TACTICS = 16  # kNumMatmulTactics in csrc/include/fastkernels/gemm.h
+
+class MatmulTile(NamedTuple):
+    """Tile t of the Hopper kernel, kMatmulTiles in csrc/gemm/matmul_sm90.h: tactic 2 t takes tiles whole,
+    2 t + 1 shares out K too. 128 rows x columns: of x times the weight, or the other way round."""
+
+    tokens_are_a: bool
+    columns: int
+    cluster: int
+
+
+MATMUL_TILES = (
+    MatmulTile(True, 256, 2),
+    MatmulTile(True, 256, 1),
+    MatmulTile(True, 192, 2),
+    MatmulTile(True, 128, 2),
+    MatmulTile(True, 128, 1),
+    MatmulTile(False, 32, 1),
+    MatmulTile(False, 64, 1),
+    MatmulTile(False, 128, 2),
+)
+NUM_MATMUL_TACTICS = 2 * len(MATMUL_TILES)
 
 register_mutating_fake("linear")
 register_mutating_fake("matmul")
@@ -86,11 +107,15 @@ def linear(
     return out
 
 
+def matmul_workspace_bytes(num_sms: int) -> int:
+    """The same in csrc/include/fastkernels/gemm.h."""
+    return 16384 + num_sms * 2 * 128 * 256 * 4
+
+
 def matmul_workspace(device: torch.device) -> torch.Tensor:
     """What the Hopper kernel keeps sums of parts in: uint8, zeros; every call leaves it fit for the next."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    # matmul_workspace_bytes in csrc/include/fastkernels/gemm.h
-    return torch.zeros(16384 + sms * 2 * 128 * 256 * 4, dtype=torch.uint8, device=device)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.zeros(matmul_workspace_bytes(num_sms), dtype=torch.uint8, device=device)
 
 
 @cache

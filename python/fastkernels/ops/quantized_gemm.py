@@ -37,7 +37,7 @@ _STORED = {
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8)
 _TAKES = {"int8": (None, "int8"), "int4": (None,), "e2m1": (None,), "e4m3": (None, "e4m3", "e4m3-block")}
 # activation -> what `quantize` makes of x before a product on CUDA
-_QUANTIZED: dict[str | None, tuple[Per, torch.dtype]] = {
+QUANTIZED: dict[str | None, tuple[Per, torch.dtype]] = {
     "int8": ("token", torch.int8),
     "e4m3": ("token", torch.float8_e4m3fn),
     "e4m3-block": ("block", torch.float8_e4m3fn),
@@ -147,7 +147,7 @@ def quantized_linear(
         require(not interleaved, f"{op} on CUDA: interleaved rows are for the CPU")
         weight_scales = _scales_on_cuda(op, activation, scales, global_scale, out_size, in_size, rows, size)
         check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
-        per, byte = _QUANTIZED[activation]
+        per, byte = QUANTIZED[activation]
         bytes_, x_scales = quantize(x, per=per, dtype=byte)
         matmul(op, bytes_, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out)
         return out
@@ -212,8 +212,8 @@ def _scales_on_cuda(
 ) -> torch.Tensor:
     """scales as the Hopper kernel takes them."""
     op = f"{op} on CUDA"
-    if activation not in _QUANTIZED:
-        takes = ", ".join(map(repr, _QUANTIZED))
+    if activation not in QUANTIZED:
+        takes = ", ".join(map(repr, QUANTIZED))
         raise ValueError(f"{op}: activation is {activation!r}, but the op takes {takes}")
     check_dtype(op, "scales", scales, (torch.float32,))
     require(global_scale is None, f"{op}: global_scale is given, but the op takes none")

@@ -3,7 +3,8 @@
 Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4``
 takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
 neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point.
-``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold.
+``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold;
+``on_cuda`` says which a GPU has.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from fastkernels.quantize.int8_weight import Int8Weight
 from fastkernels.quantize.mxfp4 import Mxfp4
 from fastkernels.quantize.nvfp4 import Nvfp4
 from fastkernels.quantize.repacked import SUFFIX, Repacked
+from fastkernels.quantize.rounded import Rounded
 from fastkernels.quantize.scheme import PartSpec, QuantizationError, Scheme
 
-__all__ = ["SCHEMES", "PartSpec", "QuantizationError", "Repacked", "Scheme", "find_scheme"]
+__all__ = [
+    "SCHEMES",
+    "PartSpec",
+    "QuantizationError",
+    "Repacked",
+    "Rounded",
+    "Scheme",
+    "find_scheme",
+    "on_cuda",
+]
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fp8": Fp8,
@@ -36,7 +47,8 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
 def find_scheme(name: str) -> Scheme:
     """The scheme called ``name``. Raises QuantizationError listing those there are."""
     if name.endswith(SUFFIX):
-        return Repacked(find_scheme(name.removesuffix(SUFFIX)))
+        inner = find_scheme(name.removesuffix(SUFFIX))
+        return Repacked(inner) if inner.activation is None else Rounded(inner)
     if name in SCHEMES:
         return SCHEMES[name]()
     scheme = Int4.parse(name)
@@ -46,3 +58,18 @@ def find_scheme(name: str) -> Scheme:
             "int4-g32, int4-g64 and int4-channel, each with -zeros or without"
         )
     return scheme
+
+
+def on_cuda(name: str, capability: tuple[int, int]) -> str:
+    """The name of the scheme ``name`` as an engine on a GPU of this compute capability holds it.
+
+    Raises QuantizationError for one that has no kernel there, naming those that have.
+    """
+    name = name.removesuffix(SUFFIX)
+    if find_scheme(name).activation is not None and capability != (9, 0):
+        raise QuantizationError(
+            f"{name} rounds activations, and its products are for GPUs of compute capability 9.0; this one "
+            f"has {capability[0]}.{capability[1]}, where there are int8-weight, int4 and its endings, nvfp4 "
+            "and mxfp4"
+        )
+    return name + SUFFIX

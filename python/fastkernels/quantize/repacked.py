@@ -26,8 +26,7 @@ class Repacked(Scheme):
     def __post_init__(self) -> None:
         if self.scheme.activation is not None:
             raise QuantizationError(
-                f"{self.scheme.name} rounds activations, for which there is no GPU kernel yet; on CUDA there "
-                "are int8-weight, int4 and its endings, nvfp4 and mxfp4"
+                f"{self.scheme.name} rounds activations, which this layout's kernel does not"
             )
 
     @property

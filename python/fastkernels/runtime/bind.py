@@ -8,6 +8,7 @@ guarantees.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,18 +17,42 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.compiler import CompileError, Step
+from fastkernels.compiler.tune import BY_RULE, STREAM, TORCH, Call, Choices, Product, call_of, product_of
+from fastkernels.ops.quant import KINDS
 from fastkernels.ops.quantized_gemm import ACTIVATIONS, WEIGHT_TYPES
 from fastkernels.quantize import Repacked, find_scheme
 
-Call = Callable[[], object]
 Attributes = Mapping[str, Any]
 
 _fk = torch.ops.fastkernels
 _aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Products:
+    """How a GPU computes matrix products: by these tactics, which all use one workspace, one after the other.
+
+    workspace: ``ops.gemm.matmul_workspace``, or None on a GPU that the kernel is not for
+    """
+
+    choices: Choices = BY_RULE
+    workspace: Tensor | None = None
+
+    def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
+        tactic = self.choices.tactic(product, inputs[0].shape[0])
+        if product.op == "linear" and not all(map(_is_aligned, inputs[:2])):
+            tactic = TORCH
+        return call_of(product, tactic, inputs, out, self.workspace)
+
+
 def bind(
-    step: Step, inputs: list[Tensor], outputs: list[Tensor], *, num_tokens: int, dtype: torch.dtype
+    step: Step,
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    *,
+    num_tokens: int,
+    dtype: torch.dtype,
+    products: Products,
 ) -> Call:
     """The call that runs ``step`` on these tensors, in the order of its inputs and outputs.
 
@@ -36,30 +61,49 @@ def bind(
     """
     if step.op not in BINDERS:
         raise CompileError(f"no kernel is bound to the step {step.op!r}; there are {', '.join(BINDERS)}")
+    if step.op in PRODUCTS and inputs[0].device.type != "cpu":
+        (out,) = outputs
+        return products.call(product_of(step, out.shape[1], inputs[0].shape[1], dtype), inputs, out)
     return BINDERS[step.op](inputs, outputs, {**step.attributes, "num_tokens": num_tokens, "dtype": dtype})
 
 
 def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    """x [rows, in] @ weight [out, in]^T (+ bias). The one place where a tactic for a GEMM is chosen."""
+    """On the CPU: x [rows, in] @ weight [out, in]^T (+ bias), by docs/kernels/gemm.md's rule."""
     x, weight = inputs[:2]
-    bias = inputs[2] if len(inputs) == 3 else None
     (out,) = outputs
-    if _streams_weight(x, weight):
-        return partial(_fk.linear.default, x, weight, bias, True, out)
-    if bias is None:
-        return partial(_aten.mm.out, x, weight.t(), out=out)
-    return partial(_aten.addmm.out, bias, x, weight.t(), out=out)
+    product = Product("linear", "", x.dtype, weight.shape[0], weight.shape[1], len(inputs) == 3)
+    streams = x.shape[0] <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
+    return call_of(product, STREAM if streams else TORCH, inputs, out, None)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """As our kernels want x and weight; out of a size that they take is."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+
+
+def _quantizing(op: Callable[..., object]) -> Callable[[list[Tensor], list[Tensor], Attributes], Call]:
+    """An op that writes bytes and their scales; a norm's eps comes before what they are per."""
+
+    def bind_op(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+        eps = [attributes["eps"]] if "eps" in attributes else []
+        return partial(op, *inputs, *eps, KINDS[attributes["per"]], *outputs[:2])
+
+    return bind_op
+
+
+def _only_on_a_gpu(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    raise CompileError(
+        f"the plan holds {attributes['scheme']}, whose products are for GPUs; on the CPU compile it without "
+        "@cuda"
+    )
 
 
 def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    """x, the parts of the weight in the scheme's order, and the bias where there is one."""
+    """On the CPU: x, the parts of the weight in the scheme's order, and the bias where there is one."""
     scheme = find_scheme(attributes["scheme"])
-    x, packed, *rest = inputs
     if isinstance(scheme, Repacked):
-        row_factors, bias = rest[0], rest[1] if len(rest) > 1 else None
-        packed_format = scheme.packed_format(row_factors.shape[0], x.shape[1])
-        codes = (list(ops.PACKED_FORMATS).index(packed_format), 0, True)
-        return partial(_fk.weight_only_linear.default, x, packed, row_factors, bias, *codes, outputs[0])
+        return _only_on_a_gpu(inputs, outputs, attributes)
+    x, packed, *rest = inputs
     in_size = x.shape[1]
     names = list(scheme.parts(packed.shape[0], in_size))[1:]
     parts = dict(zip(names, rest, strict=False))
@@ -71,15 +115,6 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
         ops.interleaves(packed),  # as runtime/weights.py leaves them
         outputs[0],
     )
-
-
-def _streams_weight(x: Tensor, weight: Tensor) -> bool:
-    """Whether our own kernel takes these and is the faster one, by docs/kernels/gemm.md."""
-    rows, in_size = x.shape
-    if x.device.type == "cpu":
-        return rows <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x, weight))
-    return rows <= ops.LINEAR_MAX_TOKENS and x.dtype != torch.float32 and in_size % 8 == 0 and aligned
 
 
 def _rms_norm(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
@@ -145,6 +180,8 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
     "quantized_linear": _quantized_linear,
+    "quantize": _quantizing(_fk.quantize.default),
+    "matmul": _only_on_a_gpu,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,
@@ -155,5 +192,11 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "mul": _torch_out(_aten.mul.out),
     "add": _torch_out(_aten.add.out),
     "silu_mul": _plain(_fk.silu_mul.default),
+    "rms_norm_quant": _quantizing(_fk.rms_norm_quant.default),
+    "add_rms_norm_quant": _quantizing(_fk.add_rms_norm_quant.default),
+    "silu_mul_quant": _quantizing(_fk.silu_mul_quant.default),
     "gather_rows": _plain(_fk.gather_rows.default),
 }
+
+PRODUCTS = ("linear", "quantized_linear", "matmul")
+"""Steps that have tactics on a GPU."""

@@ -13,10 +13,23 @@ from fastkernels._library import _C
 from fastkernels.checkpoint import Checkpoint, GenerationConfig, Tokenizer, read_generation_config
 from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
-from fastkernels.config import ConfigError, EngineConfig, ModelConfig
+from fastkernels.compiler.tune import (
+    BY_RULE,
+    FILE_NAME,
+    Choices,
+    Product,
+    Tactic,
+    TacticCache,
+    matmul_runs_on,
+    products_of,
+    tune,
+)
+from fastkernels.compiler.tune.timer import CudaTimer
+from fastkernels.config import ConfigError, EngineConfig, ModelConfig, TuneMode, cache_folder, tune_mode
 from fastkernels.errors import DeviceError, ModelNotFoundError
 from fastkernels.models.presets import PRESETS
-from fastkernels.quantize.repacked import SUFFIX
+from fastkernels.ops.gemm import matmul_workspace_bytes
+from fastkernels.quantize import on_cuda
 from fastkernels.runtime.engine import Engine
 from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.kv_cache import KVCache
@@ -108,9 +121,59 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
     return _DTYPES[name]
 
 
-def _scheme_on(device: torch.device, name: str | None) -> str | None:
-    """The GPU's kernels take weights in a layout of their own."""
-    return name if name is None or device.type == "cpu" else name + SUFFIX
+def compile_for(config: ModelConfig, options: EngineConfig, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan of an engine on this device. Raises ConfigError for schemes that it has no kernels for."""
+    schemes = [options.quantization, options.head_quantization]
+    if device.type == "cuda" and any(schemes):
+        if dtype == torch.float32:
+            raise ConfigError("quantised weights on CUDA take dtype bf16 or fp16; this engine's is fp32")
+        capability = torch.cuda.get_device_capability(device)
+        schemes = [name and on_cuda(name, capability) for name in schemes]
+    return compile_model(
+        config,
+        disabled_passes=options.disabled_passes,
+        quantization=schemes[0],
+        head_quantization=schemes[1],
+    )
+
+
+def choose_tactics(
+    plan: Plan,
+    options: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    mode: TuneMode,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> Choices:
+    """Of the plan's matrix products on a GPU, by ``compiler/tune``; on the CPU there is no choice."""
+    if device.type == "cpu":
+        return BY_RULE
+    timer: CudaTimer | None = None
+
+    def time_us(product: Product, num_tokens: int, tactic: Tactic) -> float:
+        nonlocal timer
+        timer = timer or CudaTimer(device)
+        return timer(product, num_tokens, tactic)
+
+    def timed(done: int, total: int) -> None:
+        if progress is not None:
+            progress("timing matrix products", done, total)
+
+    choices = tune(
+        products_of(plan, dtype, max_num_tokens=options.max_num_tokens, max_num_seqs=options.max_num_seqs),
+        TacticCache(cache_folder() / FILE_NAME, torch.cuda.get_device_name(device), _C.version),
+        time_us,
+        mode=mode,
+        capability=torch.cuda.get_device_capability(device),
+        again=again,
+        progress=timed,
+    )
+    if timer is not None:
+        timer = None
+        torch.cuda.empty_cache()
+    return choices
 
 
 def build_engine(source: ModelSource, options: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
@@ -118,19 +181,8 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
     report = progress or (lambda stage, done, total: None)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, source.config, device)
-    if (
-        device.type == "cuda"
-        and dtype == torch.float32
-        and (options.quantization or options.head_quantization)
-    ):
-        raise ConfigError("quantised weights on CUDA take dtype bf16 or fp16; this engine's is fp32")
     report("compiling", 0, 1)
-    plan = compile_model(
-        source.config,
-        disabled_passes=options.disabled_passes,
-        quantization=_scheme_on(device, options.quantization),
-        head_quantization=_scheme_on(device, options.head_quantization),
-    )
+    plan = compile_for(source.config, options, device, dtype)
     report("compiling", 1, 1)
 
     available_bytes = _available_bytes(device, options.kv_cache_fraction)
@@ -144,6 +196,7 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
         max_seq_len = max(min(max_seq_len, roof // bytes_per_page * options.page_size), 2)
 
     if device.type == "cuda":  # refuse what cannot fit before anything is loaded
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         planned = estimate(
             plan,
             max_num_tokens=options.max_num_tokens,
@@ -151,8 +204,10 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
             max_seq_len=max_seq_len,
             page_size=options.page_size,
             element_bytes=dtype.itemsize,
+            workspaces_bytes=matmul_workspace_bytes(num_sms) if matmul_runs_on(device, dtype) else 0,
         )
         planned.kv_pages_that_fit(available_bytes)
+    choices = choose_tactics(plan, options, device, dtype, mode=tune_mode(), progress=progress)
 
     def loaded(done: int, total: int) -> None:
         report("loading weights", done, total)
@@ -170,6 +225,7 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
         max_num_seqs=options.max_num_seqs,
         max_seq_len=max_seq_len,
         page_size=options.page_size,
+        choices=choices,
     )
     if device.type == "cuda":
         _warm_up(executor, options)

@@ -15,8 +15,10 @@ from fastkernels import _C
 from fastkernels.compiler import Buffer, Ledger, Plan, arena_layout
 from fastkernels.compiler.ledger import kv_bytes_per_page
 from fastkernels.compiler.lower import kv_cache_name
+from fastkernels.compiler.tune import BY_RULE, Call, Choices, matmul_runs_on
 from fastkernels.models.rope_scaling import build_cos_sin
-from fastkernels.runtime.bind import Call, bind
+from fastkernels.ops.gemm import matmul_workspace
+from fastkernels.runtime.bind import Products, bind
 from fastkernels.runtime.cuda_graphs import CudaGraphs
 from fastkernels.runtime.step import StepBuffers
 
@@ -33,6 +35,7 @@ class Executor:
     max_seq_len:    tokens of the longest sequence: the length of the rotary table, and of a row of the page
     table
     num_pages:      of the KV cache; 0: ``set_kv_cache`` allocates it later
+    choices:        tactics of the matrix products on a GPU; by rule where there is none
     On CUDA everything runs on the current stream. Not thread-safe.
     Raises ValueError for a weight that is missing or does not fit, and for a size that is not positive.
     """
@@ -49,6 +52,7 @@ class Executor:
         max_seq_len: int,
         num_pages: int = 0,
         page_size: int = 16,
+        choices: Choices = BY_RULE,
     ) -> None:
         sizes = {
             "max_num_tokens": max_num_tokens,
@@ -78,6 +82,8 @@ class Executor:
         self._arena = torch.zeros(self._layout.size_bytes, dtype=torch.uint8, device=self.device)
         self._cos_sin = build_cos_sin(plan.config, max_seq_len).to(self.device)
         self._attention_map, self._attention_workspace = self._attention_buffers()
+        has_matmul = matmul_runs_on(self.device, dtype)
+        self._products = Products(choices, matmul_workspace(self.device) if has_matmul else None)
         self._bodies: OrderedDict[int, list[Call]] = OrderedDict()
         self._heads: OrderedDict[int, tuple[list[Call], Tensor]] = OrderedDict()
         self._graphs = CudaGraphs(self.run, self.device)
@@ -88,6 +94,8 @@ class Executor:
     def ledger(self) -> Ledger:
         """Bytes on the device, as allocated and, for the graphs, as measured."""
         workspaces = [self._cos_sin, self._attention_map, self._attention_workspace]
+        if self._products.workspace is not None:
+            workspaces.append(self._products.workspace)
         return Ledger(
             weights_bytes=sum(weight.nbytes for weight in self._weights.values()),
             arena_bytes=self._arena.nbytes,
@@ -121,6 +129,7 @@ class Executor:
         self.kv_caches = []
         self.num_pages = 0
         self._weights = {}
+        self._products = Products()
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     # --- running ----------------------------------------------------------------------------------------
@@ -206,7 +215,16 @@ class Executor:
                 continue  # the CPU's attention needs no work map
             inputs = [self._tensor(name, num_tokens, num_logits) for name in step.inputs]
             outputs = [self._tensor(name, num_tokens, num_logits) for name in step.outputs]
-            calls.append(bind(step, inputs, outputs, num_tokens=num_tokens, dtype=self.dtype))
+            calls.append(
+                bind(
+                    step,
+                    inputs,
+                    outputs,
+                    num_tokens=num_tokens,
+                    dtype=self.dtype,
+                    products=self._products,
+                )
+            )
         return calls
 
     def _tensor(self, name: str, num_tokens: int, num_logits: int) -> Tensor:
@@ -222,7 +240,7 @@ class Executor:
     def _arena_rows(self, buffer: Buffer, rows: int) -> Tensor:
         """[rows, *row_shape] within the rows of the buffer that owns the memory."""
         root = self.plan.root(buffer.name)
-        dtype = self.dtype if buffer.dtype == "model" else torch.int32
+        dtype = self.dtype if buffer.dtype == "model" else getattr(torch, buffer.dtype)
         begin = self._layout.offsets[root.name]
         whole = self._arena[begin : begin + rows * root.row_size * dtype.itemsize].view(dtype)
         row_strides = [prod(buffer.row_shape[i + 1 :]) for i in range(len(buffer.row_shape))]

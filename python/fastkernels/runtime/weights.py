@@ -13,6 +13,7 @@ from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import Plan, WeightSpec
 from fastkernels.models import build
 from fastkernels.quantize import QuantizationError, find_scheme
+from fastkernels.quantize.repacked import SUFFIX
 
 Progress = Callable[[int, int], None]
 """Called with the weights that are ready and the number there are."""
@@ -98,7 +99,7 @@ def _quantize(of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], T
     except QuantizationError as error:
         raise QuantizationError(f"{of.name} cannot be quantised: {error}") from None
     packed = parts["packed"]
-    if packed.device.type == "cpu" and ops.interleaves(packed):
+    if packed.device.type == "cpu" and not scheme.endswith(SUFFIX) and ops.interleaves(packed):
         parts["packed"] = ops.interleave_rows(packed)
     return {f"{of.name}.{part}": tensor for part, tensor in parts.items()}
 

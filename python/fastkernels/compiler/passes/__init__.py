@@ -1,9 +1,9 @@
 """The passes, in the order they run: each a pure function Graph -> Graph in a file of its own.
 
 A pass finds a pattern and writes the node that does it in one kernel; switched off, the engine computes the
-same with more kernels. quantize comes last: all before it see plain linears, and a merged weight is quantised
-as one. Passes to come take their places here: shard (tensor and expert parallel) before the merges, since it
-changes what a linear is; norm+quant and act_mul+quant behind quantize.
+same with more kernels. quantize comes behind those that see plain linears, so that a merged weight is
+quantised as one. Passes to come take their places here: shard (tensor and expert parallel) before the merges,
+since it changes what a linear is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from fastkernels.compiler.graph import Graph
 from fastkernels.compiler.passes.act_mul import act_mul
 from fastkernels.compiler.passes.add_norm import add_norm
+from fastkernels.compiler.passes.fuse_quantize import fuse_quantize
 from fastkernels.compiler.passes.merge_gate_up import merge_gate_up
 from fastkernels.compiler.passes.merge_qkv import merge_qkv
 from fastkernels.compiler.passes.quantize import quantize
@@ -31,6 +32,7 @@ PASSES: dict[str, Pass] = {
     "add_norm": add_norm,
     "select_rows": select_rows,
     "quantize": quantize,
+    "fuse_quantize": fuse_quantize,
 }
 
 

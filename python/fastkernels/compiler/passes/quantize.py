@@ -2,6 +2,10 @@
 
     linear(x; W)   ->   quantized_linear(x; W.packed, W.scales, ...)
 
+and where a scheme that rounds activations is for a GPU, linears that read the same x sharing what is first:
+
+    linear(x; W)   ->   quantize(x), matmul(bytes, their scales; W.packed, W.scales)
+
 The head, which gives the logits, has a scheme of its own and is left alone without; embeddings always are. A
 head that shares the embedding's weight gets a quantised copy of it.
 """
@@ -10,14 +14,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastkernels.compiler.graph import Graph, Node, QuantizedPart, WeightSpec
-from fastkernels.quantize import QuantizationError, Scheme
+from fastkernels.compiler.graph import Graph, Node, QuantizedPart, Value, WeightSpec
+from fastkernels.quantize import QuantizationError, Rounded, Scheme
 
 
 def quantize(graph: Graph) -> Graph:
     users = graph.users()
     replacements: dict[int, list[Node]] = {}
     specs: list[WeightSpec] = []
+    rounded: dict[tuple[Value, str | None], Node] = {}
     for index, node in enumerate(graph.nodes):
         if node.op != "linear":
             continue
@@ -31,8 +36,28 @@ def quantize(graph: Graph) -> Graph:
         specs += parts
         names = (*(part.name for part in parts), *bias)
         attributes = {**node.attributes, "scheme": scheme.name}
-        replacements[index] = [Node("quantized_linear", node.inputs, node.outputs, names, attributes)]
+        if not isinstance(scheme, Rounded):
+            replacements[index] = [Node("quantized_linear", node.inputs, node.outputs, names, attributes)]
+            continue
+        replacements[index] = []
+        key = node.inputs[0], scheme.scheme.activation
+        if key not in rounded:
+            rounded[key] = _round(node, scheme)
+            replacements[index].append(rounded[key])
+        replacements[index].append(Node("matmul", rounded[key].outputs, node.outputs, names, attributes))
     return graph.rewrite(replacements, new_weights=specs)
+
+
+def _round(linear: Node, scheme: Rounded) -> Node:
+    """The input of ``linear`` as bytes and, per token or per 128 neighbours, their scales."""
+    (x,), name = linear.inputs, linear.output.name
+    per, dtype = scheme.rounding
+    by_token = () if per == "token" else (x.row_size // scheme.block(x.row_size)[1],)
+    outputs = (
+        Value(f"{name}.x", (x.row_size,), x.rows, str(dtype).removeprefix("torch.")),
+        Value(f"{name}.x_scales", by_token, x.rows, "float32"),
+    )
+    return Node("quantize", linear.inputs, outputs, attributes={"per": per})
 
 
 def _is_head(graph: Graph, users: list[int]) -> bool:

@@ -1,0 +1,82 @@
+"""A product, a tactic and tensors -> the call that computes it: what the runtime binds is what the tuner
+times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastkernels import ops
+from fastkernels.compiler.tune.tactics import STREAM, TORCH, Product, Tactic
+from fastkernels.ops.quantized_gemm import QUANTIZED
+from fastkernels.ops.weight_only import packed_shape
+
+Call = Callable[[], object]
+
+_fk = torch.ops.fastkernels
+_aten = torch.ops.aten
+
+
+def call_of(
+    product: Product, tactic: Tactic, inputs: Sequence[Tensor], out: Tensor, workspace: Tensor | None
+) -> Call:
+    """inputs: of the step, in its order: x, for ``matmul`` its scales, the weight's parts, and a bias or none
+    workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
+
+    The ops are taken by overload and bound once: nothing is validated here.
+    """
+    x, *rest = inputs
+    bias = rest.pop() if product.has_bias else None
+    if tactic == TORCH:
+        (weight,) = rest
+        if bias is None:
+            return partial(_aten.mm.out, x, weight.t(), out=out)
+        return partial(_aten.addmm.out, bias, x, weight.t(), out=out)
+    if tactic == STREAM:
+        return partial(_fk.linear.default, x, rest[0], bias, True, out)
+    if tactic.kernel == "weight_only_linear":
+        packed, row_factors = rest
+        number = list(ops.PACKED_FORMATS).index(product.weight)
+        return partial(
+            _fk.weight_only_linear.default, x, packed, row_factors, bias, number, tactic.number, True, out
+        )
+    if tactic.kernel != "matmul" or workspace is None:
+        raise ValueError(f"there is no call of the tactic {tactic} for {product}, or no workspace")
+    x_scales = weight_scales = None
+    if product.op == "matmul":
+        x_scales, weight, weight_scales = rest
+        if product.weight != "e4m3-block":
+            weight_scales = weight_scales.view(-1)
+    else:
+        (weight,) = rest
+    operands = (x, weight, x_scales, weight_scales, bias)
+    return partial(_fk.matmul.default, *operands, True, tactic.number, workspace, out)
+
+
+def random_x(product: Product, num_tokens: int, device: torch.device) -> list[Tensor]:
+    """The inputs of ``call_of`` that a step makes, for timing: of each, any first rows are one too."""
+    x = torch.randn(num_tokens, product.in_size, dtype=product.dtype, device=device)
+    if product.op != "matmul":
+        return [x]
+    per, dtype = QUANTIZED[product.weight]
+    return list(ops.quantize(x, per=per, dtype=dtype))
+
+
+def random_weight(product: Product, device: torch.device) -> list[Tensor]:
+    """The inputs of ``call_of`` that an engine keeps, for timing; the bytes of packed formats are any."""
+    n, k = product.out_size, product.in_size
+    bias = [torch.randn(n, dtype=product.dtype, device=device)] if product.has_bias else []
+    if product.op == "quantized_linear":
+        shape = packed_shape(product.weight, n, k)
+        packed = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        return [packed, torch.ones(n, device=device), *bias]
+    weight = torch.randn(n, k, dtype=product.dtype, device=device).mul_(k**-0.5)
+    if product.op == "linear":
+        return [weight, *bias]
+    packed, scales = ops.quantize(weight, per="token", dtype=QUANTIZED[product.weight][1])
+    if product.weight == "e4m3-block":
+        return [packed, scales.new_ones(-(-n // 128), k // 128), *bias]
+    return [packed, scales[:, None], *bias]

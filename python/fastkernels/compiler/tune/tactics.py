@@ -1,0 +1,165 @@
+"""Matrix products, the ways there are to compute each on a GPU, and the rule where none was timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fastkernels import ops
+from fastkernels.compiler.graph import CompileError
+from fastkernels.compiler.plan import Plan, Step
+from fastkernels.ops.checks import dtype_name
+from fastkernels.ops.gemm import MATMUL_TILES, MatmulTile
+from fastkernels.quantize import Repacked, Rounded, find_scheme
+
+# Numbers of tokens that are timed. A tactic holds for all above the bucket before, and the last for more.
+BUCKETS = (
+    *(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768),
+    *(1024, 1536, 2048, 3072, 4096, 6144, 8192),
+)
+
+HOPPER = (9, 0)
+
+
+def bucket_of(num_tokens: int) -> int:
+    return next((bucket for bucket in BUCKETS if bucket >= num_tokens), BUCKETS[-1])
+
+
+def buckets_up_to(num_tokens: int) -> list[int]:
+    """Those that steps of 1 to num_tokens tokens fall into."""
+    return [bucket for bucket in BUCKETS if bucket <= bucket_of(num_tokens)]
+
+
+class Tactic(NamedTuple):
+    """kernel: "torch" (cuBLAS), or an op of fastkernels; number: of its own tactics, where it has some."""
+
+    kernel: str
+    number: int | None = None
+
+    def __str__(self) -> str:
+        return self.kernel if self.number is None else f"{self.kernel} {self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> Tactic:
+        """What str() gave. Raises ValueError for what is no tactic."""
+        kernel, _, number = text.partition(" ")
+        return cls(kernel, int(number) if number else None)
+
+
+TORCH = Tactic("torch")
+STREAM = Tactic("linear")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a plan, whatever its tokens: [num_tokens, in_size] times [out_size, in_size], transposed.
+
+    op:     of its step: "linear", "matmul" or "quantized_linear"
+    weight: what the weight is: its dtype, the activation of ``matmul`` that goes with it, or the packed
+            format of ``weight_only_linear``
+    dtype:  of the result
+    """
+
+    op: str
+    weight: str
+    dtype: torch.dtype
+    out_size: int
+    in_size: int
+    has_bias: bool = False
+
+    def __str__(self) -> str:
+        result = "" if self.op == "linear" else f" {dtype_name(self.dtype)}"
+        bias = " bias" if self.has_bias else ""
+        return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}"
+
+
+def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
+    """The product that a step on a GPU computes. dtype: the model's."""
+    if step.op == "linear":
+        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3)
+    scheme = find_scheme(str(step.attributes["scheme"]))
+    if step.op == "matmul" and isinstance(scheme, Rounded):
+        weight = str(scheme.scheme.activation)
+        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == 5)
+    if step.op == "quantized_linear" and isinstance(scheme, Repacked):
+        weight = scheme.packed_format(out_size, in_size)
+        return Product("quantized_linear", weight, dtype, out_size, in_size, len(step.inputs) == 4)
+    raise CompileError(f"a {step.op} of the scheme {scheme.name} has no product on a GPU")
+
+
+def products_of(
+    plan: Plan, dtype: torch.dtype, *, max_num_tokens: int, max_num_seqs: int
+) -> dict[Product, int]:
+    """Every product of ``plan``, compiled for a GPU, and the most rows a step has of it."""
+    found: dict[Product, int] = {}
+    for step in plan.steps:
+        if step.op in ("linear", "matmul", "quantized_linear"):
+            out, x = plan.buffers[step.outputs[0]], plan.buffers[step.inputs[0]]
+            product = product_of(step, out.row_size, x.row_size, dtype)
+            rows = max_num_tokens if out.rows == "tokens" else max_num_seqs
+            found[product] = max(rows, found.get(product, 0))
+    return found
+
+
+def rule(product: Product, num_tokens: int) -> Tactic:
+    """What is taken where nothing was timed."""
+    if product.op == "matmul":
+        return Tactic("matmul", -1)
+    if product.op == "quantized_linear":
+        return Tactic("weight_only_linear", 0)
+    return STREAM if _streams(product, num_tokens) else TORCH
+
+
+def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """All that are worth timing for so many tokens on a GPU of this compute capability, in a fixed order."""
+    if product.op == "matmul":
+        return _matmul_tactics(product, num_tokens)
+    if product.op == "quantized_linear":
+        return [Tactic("weight_only_linear", number) for number in range(1, ops.WEIGHT_ONLY_TACTICS + 1)]
+    tactics = [TORCH]
+    if _streams(product, num_tokens):
+        tactics.append(STREAM)
+    whole = (product.in_size | product.out_size) % 8 == 0  # 16 bytes
+    if capability == HOPPER and product.dtype != torch.float32 and whole:
+        tactics += _matmul_tactics(product, num_tokens)
+    return tactics
+
+
+def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tactics of ``matmul`` may be taken for a model of this dtype, and so need its workspace."""
+    return (
+        device.type == "cuda"
+        and dtype != torch.float32
+        and torch.cuda.get_device_capability(device) == HOPPER
+    )
+
+
+def _streams(product: Product, num_tokens: int) -> bool:
+    """Whether ``ops.linear`` takes it without a tactic."""
+    return num_tokens <= ops.LINEAR_MAX_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+
+
+def _matmul_tactics(product: Product, num_tokens: int) -> list[Tactic]:
+    return [
+        Tactic("matmul", 2 * index + shared)
+        for index, tile in enumerate(MATMUL_TILES)
+        if _computes(tile, product.weight) and _suits(tile, num_tokens)
+        for shared in (0, 1)
+    ]
+
+
+def _computes(tile: MatmulTile, weight: str) -> bool:
+    """Whether the kernel has this tile, as has_matmul_tile in csrc/gemm/matmul_sm90.h says, and adds up with
+    as many bits as an engine should: with 256 columns, e4m3 has 14."""
+    if tile.columns == 192:
+        return weight.startswith("e4m3")
+    if weight == "e4m3-block":
+        return tile.columns <= (128 if tile.tokens_are_a else 64)
+    return weight != "e4m3" or tile.columns < 256
+
+
+def _suits(tile: MatmulTile, num_tokens: int) -> bool:
+    """Leaves out what cannot win: half of the rows empty, or the weight read from L2 many times."""
+    return num_tokens > 64 if tile.tokens_are_a else num_tokens <= 256

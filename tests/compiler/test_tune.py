@@ -1,0 +1,466 @@
+"""The autotuner with a timer that is made up: what tactics there are, what is chosen, kept, taken again."""
+
+import json
+import re
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastkernels.compiler import compile_model
+from fastkernels.compiler.tune import (
+    BUCKETS,
+    FILE_NAME,
+    STREAM,
+    TORCH,
+    Choices,
+    Product,
+    Tactic,
+    TacticCache,
+    bucket_of,
+    call_of,
+    products_of,
+    rule,
+    tactics_of,
+    tune,
+)
+from fastkernels.compiler.tune.calls import random_weight, random_x
+from fastkernels.compiler.tune.timer import CudaTimer, num_copies, rounds
+from fastkernels.config import ConfigError, cache_folder, tune_mode
+from fastkernels.models.presets import PRESETS
+from fastkernels.ops.gemm import MATMUL_TILES, NUM_MATMUL_TACTICS
+
+CSRC = Path(__file__).parent.parent.parent / "csrc"
+HOPPER, AMPERE = (9, 0), (8, 0)
+BF16 = torch.bfloat16
+QKV = Product("linear", "bf16", BF16, 6144, 4096)
+FP8 = Product("matmul", "e4m3", BF16, 6144, 4096)
+INT4 = Product("quantized_linear", "int4-g128", BF16, 6144, 4096)
+PRODUCTS = {QKV: 512, FP8: 512, INT4: 64}
+
+
+class MadeUpTimer:
+    """Every tactic takes as long as its name says; another seed, another order."""
+
+    def __init__(self, seed: str = "") -> None:
+        self.seed = seed
+        self.calls: list[tuple[Product, int, Tactic]] = []
+
+    def __call__(self, product: Product, num_tokens: int, tactic: Tactic) -> float:
+        self.calls.append((product, num_tokens, tactic))
+        return 1.0 + sum(map(ord, f"{product}{num_tokens}{tactic}{self.seed}")) * 7919 % 1013
+
+
+def run(folder: Path, timer: MadeUpTimer, *, gpu: str = "NVIDIA H200", version: str = "0.1.0", **options):
+    options = {"mode": "full", "capability": HOPPER, **options}
+    cache = TacticCache(folder / "fastkernels" / FILE_NAME, gpu, version)
+    return tune(options.pop("products", PRODUCTS), cache, timer, **options)
+
+
+def chosen(choices: Choices, products=PRODUCTS) -> dict[tuple[Product, int], Tactic]:
+    return {
+        (product, tokens): choices.tactic(product, tokens)
+        for product, rows in products.items()
+        for tokens in range(1, rows + 1)
+    }
+
+
+BY_RULE = chosen(Choices())
+
+
+# --- tactics ----------------------------------------------------------------------------------------------
+
+
+def test_tiles_are_those_of_the_kernel():
+    source = (CSRC / "gemm" / "matmul_sm90.h").read_text()
+    table = source.partition("kMatmulTiles[] = {")[2].partition("};")[0]
+    found = re.findall(r"\{(true|false), (\d+), (\d+)\}", table)
+    assert [(a == "true", int(c), int(n)) for a, c, n in found] == list(MATMUL_TILES)
+    assert f"kNumMatmulTactics = {NUM_MATMUL_TACTICS};" in (CSRC / "include/fastkernels/gemm.h").read_text()
+
+
+def test_buckets():
+    assert [bucket_of(n) for n in (0, 1, 2, 3, 9, 17, 33, 8192, 10**6)] == [
+        1,
+        1,
+        2,
+        4,
+        16,
+        24,
+        48,
+        8192,
+        8192,
+    ]
+    assert list(BUCKETS) == sorted(set(BUCKETS))
+
+
+@pytest.mark.parametrize("num_tokens", BUCKETS)
+def test_tactics_of_16_bit_weights(num_tokens):
+    tactics = tactics_of(QKV, num_tokens, HOPPER)
+    numbers = [tactic.number for tactic in tactics if tactic.kernel == "matmul"]
+    assert tactics[0] == TORCH and (STREAM in tactics) == (num_tokens <= 16)
+    assert numbers and not {4, 5} & set(numbers)
+    tiles = [MATMUL_TILES[number // 2] for number in numbers]
+    if num_tokens <= 64:
+        assert not any(tile.tokens_are_a for tile in tiles)
+    if num_tokens > 256:
+        assert all(tile.tokens_are_a for tile in tiles)
+    plain = [TORCH, STREAM] if num_tokens <= 16 else [TORCH]
+    assert tactics_of(QKV, num_tokens, AMPERE) == plain
+    assert rule(QKV, num_tokens) == plain[-1]
+
+
+def test_what_the_kernels_do_not_take_is_no_tactic():
+    assert tactics_of(Product("linear", "fp32", torch.float32, 64, 64), 1, HOPPER) == [TORCH]
+    assert tactics_of(Product("linear", "bf16", BF16, 64, 60), 1, HOPPER) == [TORCH]
+    assert tactics_of(Product("linear", "bf16", BF16, 60, 64), 1, HOPPER) == [TORCH, STREAM]
+    assert rule(Product("linear", "fp32", torch.float32, 64, 64), 1) == TORCH
+    assert rule(Product("linear", "bf16", BF16, 64, 60), 1) == TORCH
+
+
+@pytest.mark.parametrize("num_tokens", BUCKETS)
+@pytest.mark.parametrize("weight", ["e4m3", "e4m3-block", "int8"])
+def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
+    """No tile with sums of 14 bits, and none that the kernel refuses (tests/ops/test_matmul_sm90.py)."""
+    product = Product("matmul", weight, BF16, 6144, 4096)
+    numbers = {tactic.number for tactic in tactics_of(product, num_tokens, HOPPER)}
+    refused = {"e4m3": {0, 1, 2, 3}, "e4m3-block": {0, 1, 2, 3, 14, 15}, "int8": {4, 5}}[weight]
+    assert numbers and not numbers & refused
+    assert rule(product, num_tokens) == Tactic("matmul", -1)
+
+
+def test_tactics_by_name():
+    for tactic in (TORCH, STREAM, Tactic("matmul", -1), Tactic("weight_only_linear", 6)):
+        assert Tactic.parse(str(tactic)) == tactic
+    assert tactics_of(INT4, 8, AMPERE) == [Tactic("weight_only_linear", number) for number in range(1, ops.WEIGHT_ONLY_TACTICS + 1)]
+
+
+def test_products_of_a_plan():
+    config = PRESETS["llama-3.1-8b"]
+    sizes = {"max_num_tokens": 8192, "max_num_seqs": 64}
+    shapes = ["6144x4096", "4096x4096", "28672x4096", "4096x14336", "128256x4096"]
+    rows = [8192, 8192, 8192, 8192, 64]
+
+    def names(**schemes: str) -> dict[str, int]:
+        found = products_of(compile_model(config, **schemes), BF16, **sizes)
+        return {str(product): count for product, count in found.items()}
+
+    assert names() == dict(zip([f"linear bf16 {shape}" for shape in shapes], rows, strict=True))
+    fp8 = names(quantization="fp8@cuda", head_quantization="int4-g32-zeros@cuda")
+    expected = [f"matmul e4m3 bf16 {shape}" for shape in shapes[:4]]
+    assert fp8 == dict(
+        zip([*expected, f"quantized_linear int4-g32-zeros bf16 {shapes[4]}"], rows, strict=True)
+    )
+    assert next(iter(names(quantization="fp8-block@cuda"))) == "matmul e4m3-block bf16 6144x4096"
+
+
+# --- modes ------------------------------------------------------------------------------------------------
+
+
+def test_full_times_every_tactic_once_and_takes_the_fastest(tmp_path):
+    timer, reported = MadeUpTimer(), []
+    choices = run(tmp_path, timer, progress=lambda done, total: reported.append((done, total)))
+    assert len(timer.calls) == len(set(timer.calls)) == choices.num_timed
+    assert reported == [(done, len(timer.calls)) for done in range(1, len(timer.calls) + 1)]
+    for product, rows in PRODUCTS.items():
+        for bucket in (b for b in BUCKETS if b <= rows):
+            tactics = tactics_of(product, bucket, HOPPER)
+            assert [t for p, b, t in timer.calls if (p, b) == (product, bucket)] == tactics
+            fastest = min(tactics, key=lambda tactic: MadeUpTimer()(product, bucket, tactic))
+            assert choices.tactic(product, bucket) == fastest
+    assert choices.tactic(QKV, 500) == choices.tactic(QKV, 512)
+    assert choices.tactic(QKV, 2000) == rule(QKV, 2000), "no bucket that large was asked for"
+
+
+@pytest.mark.parametrize("mode", ["full", "cached"])
+def test_the_same_choice_again(tmp_path, mode):
+    first = run(tmp_path, MadeUpTimer())
+    timer = MadeUpTimer("other")
+    again = run(tmp_path, timer, mode=mode)
+    assert timer.calls == [] and again.num_timed == 0
+    assert chosen(again) == chosen(first) != BY_RULE
+
+
+def test_cached_and_off_time_nothing(tmp_path):
+    timer = MadeUpTimer()
+    for mode in ("cached", "off"):
+        assert chosen(run(tmp_path, timer, mode=mode)) == BY_RULE
+    assert timer.calls == [] and list(tmp_path.iterdir()) == []
+    run(tmp_path, MadeUpTimer())
+    assert chosen(run(tmp_path, timer, mode="off")) == BY_RULE
+
+
+def test_full_times_only_what_is_missing(tmp_path):
+    run(tmp_path, MadeUpTimer(), products={QKV: 16})
+    timer = MadeUpTimer("other")
+    run(tmp_path, timer, products={QKV: 32, INT4: 1})
+    assert {(product, bucket) for product, bucket, _ in timer.calls} == {(QKV, 24), (QKV, 32), (INT4, 1)}
+    cached = run(tmp_path, timer, mode="cached", products={QKV: 32, INT4: 1})
+    assert {bucket for product, bucket in cached.timed if product == QKV} == {1, 2, 4, 8, 16, 24, 32}
+    other = MadeUpTimer("other")
+    run(tmp_path, other, products={QKV: 16}, again=True)
+    assert {bucket for _, bucket, _ in other.calls} == {1, 2, 4, 8, 16}
+
+
+def test_a_product_with_one_tactic_is_not_timed(tmp_path):
+    timer = MadeUpTimer()
+    product = Product("linear", "fp32", torch.float32, 64, 64)
+    assert run(tmp_path, timer, products={product: 64}).tactic(product, 3) == TORCH
+    assert timer.calls == []
+
+
+def test_what_was_timed_stays_when_the_next_product_fails(tmp_path):
+    def timer(product: Product, num_tokens: int, tactic: Tactic) -> float:
+        if product == FP8:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, timer)
+    assert {product for product, _ in run(tmp_path, MadeUpTimer(), mode="cached").timed} == {QKV}
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [{"gpu": "NVIDIA H100 80GB HBM3"}, {"version": "0.2.0"}])
+def test_another_gpu_or_version_is_neither_used_nor_lost(tmp_path, other):
+    first = run(tmp_path, MadeUpTimer())
+    timer = MadeUpTimer("other")
+    assert chosen(run(tmp_path, timer, mode="cached", **other)) == BY_RULE
+    second = run(tmp_path, timer, **other)
+    assert len(timer.calls) == second.num_timed > 0
+    assert chosen(run(tmp_path, MadeUpTimer(), mode="cached")) == chosen(first)
+    assert chosen(run(tmp_path, MadeUpTimer(), mode="cached", **other)) == chosen(second) != chosen(first)
+
+
+BROKEN = {
+    "not JSON": "{'gpus'",
+    "cut off": None,
+    "not UTF-8": b"\xff\xfe",
+    "a list": "[]",
+    "another format": '{"format": 2, "gpus": {}}',
+    "no object": '{"format": 1, "gpus": {"NVIDIA H200": []}}',
+    "of another GPU": '{"format": 1, "gpus": {"other": {"0.1.0": {"x": {"1": {"tactic": "torch"}}}}}}',
+    "no bucket": '{"format": 1, "gpus": {"g": {"v": {"p": {"x": {"tactic": "torch", "us": {"torch": 1}}}}}}}',
+    "no time": '{"format": 1, "gpus": {"g": {"v": {"p": {"1": {"tactic": "torch", "us": {"torch": "a"}}}}}}}',
+    "no winner": '{"format": 1, "gpus": {"g": {"v": {"p": {"1": {"tactic": [], "us": {"torch": 1}}}}}}}',
+    "no tactic": '{"format": 1, "gpus": {"g": {"v": {"p": {"1": {"tactic": "a b", "us": {"a b": 1}}}}}}}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_cache_is_reported_and_rebuilt(tmp_path, content):
+    path = tmp_path / "fastkernels" / FILE_NAME
+    if content is None:
+        run(tmp_path, MadeUpTimer())
+        content = path.read_bytes()[:-100]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(RuntimeWarning, match="tactics.json is of no use until it is rebuilt: ") as seen:
+        assert chosen(run(tmp_path, MadeUpTimer(), mode="cached")) == BY_RULE
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+    with pytest.warns(RuntimeWarning, match="is of no use") as seen:
+        choices = run(tmp_path, MadeUpTimer())
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(run(tmp_path, MadeUpTimer(), mode="cached")) == chosen(choices) != BY_RULE
+
+
+def test_a_tactic_that_is_none_any_more_is_timed_again(tmp_path):
+    run(tmp_path, MadeUpTimer(), products={QKV: 1})
+    path = tmp_path / "fastkernels" / FILE_NAME
+    whole = json.loads(path.read_text())
+    (entry,) = whole["gpus"]["NVIDIA H200"]["0.1.0"][str(QKV)].values()
+    entry["tactic"], entry["us"]["matmul 38"] = "matmul 38", 0.1
+    path.write_text(json.dumps(whole))
+    assert run(tmp_path, MadeUpTimer(), mode="cached", products={QKV: 1}).timed == {}
+    timer = MadeUpTimer()
+    run(tmp_path, timer, products={QKV: 1})
+    assert len(timer.calls) == len(tactics_of(QKV, 1, HOPPER))
+
+
+def test_the_file_is_readable_and_nothing_else_is_left(tmp_path):
+    choices = run(tmp_path, MadeUpTimer())
+    (path,) = (tmp_path / "fastkernels").iterdir()
+    entry = json.loads(path.read_text())["gpus"]["NVIDIA H200"]["0.1.0"][str(QKV)]["32"]
+    assert entry["tactic"] == str(choices.tactic(QKV, 32))
+    assert list(entry["us"]) == [str(tactic) for tactic in tactics_of(QKV, 32, HOPPER)]
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / "fastkernels").write_text("a file where the folder would be")
+    with pytest.warns(RuntimeWarning, match="the tuner's cache") as seen:
+        choices = run(tmp_path, MadeUpTimer(), products={QKV: 1})
+    first, second = (str(one.message) for one in seen)
+    assert first.endswith("is of no use until it is rebuilt: Not a directory")
+    assert second.endswith("; nothing is kept")
+    assert choices.num_timed and choices.tactic(QKV, 1) in tactics_of(QKV, 1, HOPPER)
+
+
+def test_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTKERNELS_TUNE", raising=False)
+    assert tune_mode() == "cached"
+    for mode in ("off", "cached", "full"):
+        monkeypatch.setenv("FASTKERNELS_TUNE", mode)
+        assert tune_mode() == mode
+    monkeypatch.setenv("FASTKERNELS_TUNE", "always")
+    with pytest.raises(
+        ConfigError, match="FASTKERNELS_TUNE is 'always'; it must be one of off, cached, full"
+    ):
+        tune_mode()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fastkernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "fastkernels"
+
+
+# --- what is timed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("tactic", [TORCH, STREAM])
+def test_calls_of_torch_and_linear(tactic, has_bias):
+    product = Product("linear", "bf16", BF16, 24, 40, has_bias)
+    x, weights = random_x(product, 5, torch.device("cpu")), random_weight(product, torch.device("cpu"))
+    out = torch.full((5, 24), torch.nan, dtype=BF16)
+    call_of(product, tactic, [*x, *weights], out, None)()
+    expected = x[0].double() @ weights[0].double().t() + (weights[1].double() if has_bias else 0)
+    assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        Product("linear", "bf16", BF16, 256, 384),
+        Product("linear", "fp16", torch.float16, 256, 384, has_bias=True),
+        Product("matmul", "e4m3", BF16, 200, 384),
+        Product("matmul", "e4m3-block", BF16, 200, 384, has_bias=True),
+        Product("matmul", "e4m3-block", BF16, 200, 128),
+        Product("matmul", "int8", torch.float16, 200, 384, has_bias=True),
+        *(Product("quantized_linear", name, BF16, 200, 384) for name in ("int4-g128", "e4m3-block")),
+    ],
+    ids=str,
+)
+def test_calls_of_the_gpus_kernels(product):
+    """Their arguments pass the library's checks; then it says that the CPU has no such kernel."""
+    cpu = torch.device("cpu")
+    x, weights = random_x(product, 40, cpu), random_weight(product, cpu)
+    out = torch.empty(24, product.out_size, dtype=product.dtype)
+    workspace = torch.zeros(16, dtype=torch.uint8)
+    tactics = [t for t in tactics_of(product, 24, HOPPER) if t.kernel not in ("torch", "linear")]
+    for tactic in (*tactics, rule(product, 24)):
+        if tactic != TORCH:
+            with pytest.raises(ValueError, match=r"no kernel for the CPU|runs on CUDA only"):
+                call_of(product, tactic, [*(part[:24] for part in x), *weights], out, workspace)()
+
+
+def test_a_matmul_without_workspace_is_refused():
+    with pytest.raises(ValueError, match="no call of the tactic matmul 3"):
+        call_of(FP8, Tactic("matmul", 3), [torch.empty(1)] * 4, torch.empty(1), None)
+
+
+def test_copies_pass_the_cache_and_replays_last():
+    l2_bytes = 50 << 20
+    assert num_copies(128256 * 4096 * 2, l2_bytes) == 2
+    assert num_copies(100, l2_bytes) == 64
+    for weight_bytes in (4096 * 4096, 6144 * 4096 * 2):
+        assert 3 * l2_bytes <= num_copies(weight_bytes, l2_bytes) * weight_bytes < 4 * l2_bytes + weight_bytes
+    assert rounds(QKV, 8192, 6144 * 4096 * 2, 4) == 1
+    assert rounds(QKV, 1, 6144 * 4096 * 2, 4) == 8  # of 4 calls of about 12.6 us
+
+
+class MadeUpCuda:
+    """What the timer asks of torch.cuda, on the CPU: nothing is captured, and a replay takes 100 us."""
+
+    class Graph:
+        captured = False
+
+        def capture_begin(self, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+
+        def capture_end(self) -> None:
+            self.captured = True
+
+        def replay(self) -> None:
+            assert self.captured
+
+        def reset(self) -> None:
+            self.captured = False
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.recorded = False
+
+        def record(self) -> None:
+            self.recorded = True
+
+        def elapsed_time(self, end: "MadeUpCuda.Event") -> float:
+            assert self.recorded and end.recorded
+            return 0.1
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None: ...
+        def synchronize(self) -> None: ...
+
+    CUDAGraph = Graph
+
+    @staticmethod
+    def stream(stream: Stream) -> nullcontext[None]:
+        return nullcontext()
+
+    @staticmethod
+    def device(device: torch.device) -> nullcontext[None]:
+        return nullcontext()
+
+    @staticmethod
+    def get_device_capability(device: torch.device) -> tuple[int, int]:
+        return AMPERE
+
+    @staticmethod
+    def get_device_properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(L2_cache_size=1 << 20)
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+
+def test_the_timer_with_a_gpu_that_is_made_up(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", MadeUpCuda)
+    timer = CudaTimer(torch.device("cpu"))
+    for product in (
+        Product("linear", "bf16", BF16, 512, 1024),
+        Product("linear", "bf16", BF16, 512, 256, has_bias=True),
+    ):
+        weight_bytes = product.out_size * (product.in_size + product.has_bias) * 2
+        copies = num_copies(weight_bytes, 1 << 20)
+        for num_tokens in (32, 4, 64):
+            for tactic in tactics_of(product, num_tokens, AMPERE):
+                calls = copies * rounds(product, num_tokens, weight_bytes, copies)
+                assert timer(product, num_tokens, tactic) == pytest.approx(100 / calls)
+            assert len(timer._weights) == copies and len(timer._out) == max(32, num_tokens)
+            expected = timer._x[0][:num_tokens].double() @ timer._weights[-1][0].double().t()
+            if product.has_bias:
+                expected += timer._weights[-1][1]
+            assert (timer._out[:num_tokens] - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_a_full_tune_of_llama_8b_is_small():
+    """Under 60 s at what a time takes: 20 ms beside its calls, which is generous, and 5 of its replays."""
+    plan = compile_model(PRESETS["llama-3.1-8b"])
+    products = products_of(plan, BF16, max_num_tokens=8192, max_num_seqs=64)
+    seconds = 0.0
+    for product, rows in products.items():
+        weight_bytes = product.out_size * product.in_size * 2
+        for bucket in (b for b in BUCKETS if b <= rows):
+            copies = num_copies(weight_bytes, 50 << 20)
+            calls = copies * rounds(product, bucket, weight_bytes, copies)
+            flops = 2 * bucket * product.out_size * product.in_size
+            replay = calls * max(weight_bytes / 3e12, flops / 4e14)
+            seconds += (0.02 + 5 * replay) * len(tactics_of(product, bucket, HOPPER))
+    assert seconds < 45
