@@ -9,16 +9,22 @@ void linear_cuda(const LinearParams& p, void* stream) {
     const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight);
     check(address % 16 == 0 && (p.in_size | p.x_token_stride | p.weight_row_stride) % 8 == 0,
           "linear on CUDA: x and weight must be aligned to 16 bytes, and in_size and their strides multiples of 8");
-    const auto run = [&]<typename T>() {
-        if (p.num_tokens <= 8) {
-            launch_linear<T, 1, 1, 8, 3, 2>(p, stream);
-        } else {
-            launch_linear<T, 1, 2, 8, 2, 2>(p, stream);
-        }
-    };
+    const MatmulParams params{.x = p.x,
+                              .weight = p.weight,
+                              .bias = p.bias,
+                              .out = p.out,
+                              .num_tokens = p.num_tokens,
+                              .in_size = p.in_size,
+                              .out_size = p.out_size,
+                              .x_token_stride = p.x_token_stride,
+                              .weight_row_stride = p.weight_row_stride,
+                              .out_token_stride = p.out_token_stride,
+                              .constant_weight = p.constant_weight,
+                              .dtype = p.dtype,
+                              .out_dtype = p.dtype};
     switch (p.dtype) {
-        case DType::bf16: return run.template operator()<bf16>();
-        case DType::f16: return run.template operator()<fp16>();
+        case DType::bf16: return run_linear<bf16, MatmulScales::none>(params, stream);
+        case DType::f16: return run_linear<fp16, MatmulScales::none>(params, stream);
         default: fail("linear on CUDA: dtype ", name(p.dtype), " is not supported: bf16 and fp16 are");
     }
 }

@@ -5,6 +5,7 @@
 
 #include "common/dtype.cuh"
 #include "common/ptx/tma.cuh"
+#include "gemm/linear_bytes.h"
 #include "gemm/matmul_sm90.h"
 
 namespace fastkernels {
@@ -64,10 +65,13 @@ double predicted_us(const MatmulParams& p, const MatmulTile& tile, bool split, i
 
 // A tactic that adds e4m3 up in 14 bits is only taken when it is asked for.
 int default_tactic(const MatmulParams& p, int sms) {
+    if (p.num_tokens <= 8 && fits_linear_bytes(p)) {
+        return kLinearTactic;
+    }
     const bool is_e4m3 = p.dtype == DType::e4m3;
     int best = -1;
     double least = 0;
-    for (int tactic = 0; tactic < kNumMatmulTactics; ++tactic) {
+    for (int tactic = 0; tactic < 2 * kNumMatmulTiles; ++tactic) {
         const MatmulTile& tile = kMatmulTiles[tactic / 2];
         // The weight's rows fill the tensor core's where tokens would not.
         const bool fits = tile.tokens_are_a ? p.num_tokens > 64 : p.num_tokens <= 256;
@@ -117,6 +121,10 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
 
     const int sms = num_sms();
     const int tactic = p.tactic < 0 ? default_tactic(p, sms) : p.tactic;
+    if (tactic == kLinearTactic) {
+        linear_bytes(p, stream);
+        return;
+    }
     const MatmulTile& tile = kMatmulTiles[tactic / 2];
     const auto operand = [&](const void* matrix, int64_t rows, int64_t stride, int box_rows) {
         const auto type = p.dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16

@@ -16,13 +16,14 @@ struct MatmulTile {
 };
 inline constexpr int kMatmulRows = 128;
 
-// The tactics: tile t with whole tiles is 2t, with stream-K 2t + 1.
+// The tactics: tile t with whole tiles is 2t, with stream-K 2t + 1; the last is linear's kernel for few tokens.
 inline constexpr MatmulTile kMatmulTiles[] = {
     {true, 256, 2}, {true, 256, 1}, {true, 192, 2}, {true, 128, 2},
     {true, 128, 1}, {false, 32, 1}, {false, 64, 1}, {false, 128, 2},
 };
 inline constexpr int kNumMatmulTiles = sizeof(kMatmulTiles) / sizeof(kMatmulTiles[0]);
-static_assert(kNumMatmulTactics == 2 * kNumMatmulTiles);
+inline constexpr int kLinearTactic = 2 * kNumMatmulTiles;
+static_assert(kNumMatmulTactics == kLinearTactic + 1);
 
 // Block scales multiply partial sums: beside these there is no room for those of 256 columns, or of 128 columns with a
 // scale each. Tiles of 192 columns are the widest that leave e4m3 room for both; other types have those of 256.

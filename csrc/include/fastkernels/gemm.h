@@ -47,7 +47,7 @@ struct MatmulParams {
     int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
-inline constexpr int kNumMatmulTactics = 16;
+inline constexpr int kNumMatmulTactics = 17;
 
 // Counters, then partial sums, of the calls of one stream.
 inline constexpr int64_t kMatmulCounterBytes = 16384;

@@ -40,7 +40,9 @@ MATMUL_TILES = (
     MatmulTile(False, 64, 1),
     MatmulTile(False, 128, 2),
 )
-NUM_MATMUL_TACTICS = 2 * len(MATMUL_TILES)
+LINEAR_TACTIC = 2 * len(MATMUL_TILES)
+"""Of ``matmul``: the kernel of ``linear``, for few tokens of bytes."""
+NUM_MATMUL_TACTICS = LINEAR_TACTIC + 1
 
 register_mutating_fake("linear")
 register_mutating_fake("matmul")

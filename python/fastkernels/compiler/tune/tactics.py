@@ -11,7 +11,7 @@ from fastkernels import ops
 from fastkernels.compiler.graph import CompileError
 from fastkernels.compiler.plan import Plan, Step
 from fastkernels.ops.checks import dtype_name
-from fastkernels.ops.gemm import MATMUL_TILES, MatmulTile
+from fastkernels.ops.gemm import LINEAR_TACTIC, MATMUL_TILES, MatmulTile
 from fastkernels.quantize import Repacked, Rounded, find_scheme
 
 # Numbers of tokens that are timed. A tactic holds for all above the bucket before, and the last for more.
@@ -142,12 +142,15 @@ def _streams(product: Product, num_tokens: int) -> bool:
 
 
 def _matmul_tactics(product: Product, num_tokens: int) -> list[Tactic]:
-    return [
+    tiles = [
         Tactic("matmul", 2 * index + shared)
         for index, tile in enumerate(MATMUL_TILES)
         if _computes(tile, product.weight) and _suits(tile, num_tokens)
         for shared in (0, 1)
     ]
+    most = {"e4m3-block": 8, "e4m3": ops.LINEAR_MAX_TOKENS, "int8": ops.LINEAR_MAX_TOKENS}
+    streams = num_tokens <= most.get(product.weight, 0) and product.in_size % 16 == 0
+    return [*tiles, Tactic("matmul", LINEAR_TACTIC)] if streams else tiles
 
 
 def _computes(tile: MatmulTile, weight: str) -> bool:

@@ -22,6 +22,8 @@ from fastkernels.compiler.tune.tactics import (
 )
 from fastkernels.config import TuneMode
 
+LEAST_GAIN = 0.97
+
 Timer = Callable[[Product, int, Tactic], float]
 """Microseconds of a product of so many tokens by a tactic."""
 
@@ -56,7 +58,8 @@ def tune(
     timer:    asked only in mode "full"
     again:    what the cache has is timed anew
     progress: called with the times taken and those to take
-    A product or bucket with one tactic is neither timed nor kept. The first of equally fast tactics wins.
+    A product or bucket with one tactic is neither timed nor kept. The first of equally fast tactics wins, and
+    the rule's where no other is faster by more than times differ from run to run (LEAST_GAIN).
     What the cache has is taken if it is still one of the tactics.
     """
     if mode == "off":
@@ -83,7 +86,10 @@ def tune(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            new[bucket] = Timed(min(times, key=times.__getitem__), times)
+            best, plain = min(times, key=times.__getitem__), rule(product, bucket)
+            if plain in times and times[best] > LEAST_GAIN * times[plain]:
+                best = plain
+            new[bucket] = Timed(best, times)
         cache.store(str(product), new)
         timed |= {(product, bucket): one for bucket, one in new.items()}
     return Choices(timed, done)
