@@ -56,7 +56,7 @@ class QuantizedWriter:
     def stored(self, module: str) -> dict[str, Tensor]:
         """The parts of a module in ``done``, read back: what an interrupted run needs to go on behind it.
 
-        Returns what ``add`` was given (nvfp4's global_scale to the last bit but one), "permutation" included.
+        Returns what ``add`` was given (nvfp4's global_scale to the last bit but one).
         """
         raise NotImplementedError
 
@@ -64,20 +64,11 @@ class QuantizedWriter:
         """A plain tensor in ``done``, read back."""
         raise NotImplementedError
 
-    def add(
-        self,
-        module: str,
-        scheme: str,
-        parts: Mapping[str, Tensor],
-        *,
-        permutation: Tensor | None = None,
-    ) -> None:
+    def add(self, module: str, scheme: str, parts: Mapping[str, Tensor]) -> None:
         """A quantised weight.
 
         scheme: as scheme_by_module says
         parts:  as ``find_scheme(scheme).quantize`` gives them, [out_size, ...], on any device
-        permutation: int64 [in_size], int4 with groups only: column i of the parts is column permutation[i] of
-                the weight (activation order); written as weight_g_idx
         Raises CheckpointError for parts that are missing, of the wrong shape or dtype, for a scale that is 0
         or not finite, and for a module that was added before.
         """
