@@ -22,11 +22,14 @@ _ONE = ((), (1,))
 
 
 def read_modelopt(config: Mapping[str, Any], modules: Iterable[Module]) -> list[StoredLinear]:
-    """Those of ``modules`` that are not excluded by name. config: of either file, without what is around."""
+    """Those of ``modules`` that are neither excluded by name nor plain.
+
+    config: of either file, without what is around it
+    """
     excluded = [str(pattern) for key in ("exclude_modules", "ignore") for pattern in config.get(key) or []]
     found = []
     for module in modules:
-        if any(fnmatchcase(module.name, pattern) for pattern in excluded):
+        if module.is_plain or any(fnmatchcase(module.name, pattern) for pattern in excluded):
             continue
         algorithm = _algorithm(config, module.name)
         if algorithm is not None:
