@@ -293,6 +293,7 @@ def compressor_pack(args: dict[str, Any], activations: dict[str, Any] | None, fo
     return pack
 
 
+@pytest.mark.filterwarnings("ignore:.*no kernel takes their format")
 @pytest.mark.parametrize("case", ARGS)
 def test_what_the_package_wrote_is_read(tmp_path: Path, case: str) -> None:
     args, activations, form, schemes, num_linears = ARGS[case]

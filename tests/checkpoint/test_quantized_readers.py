@@ -1,6 +1,7 @@
 """Quantised checkpoints of AutoAWQ, GPTQ, ModelOpt and DeepSeek, packed by plain loops: read and served."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,11 @@ def test_a_checkpoint_is_read_and_served(tmp_path: Path, case: str) -> None:
     assert len(gathers) == (2 * num_linears if permuted else 0)
 
     exact = definition_logits(plain, {name: linear.scheme for name, linear in linears.items()})
-    error = (logits_of(folder) - exact).norm() / exact.norm()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        error = (logits_of(folder) - exact).norm() / exact.norm()
+    said = [str(one.message) for one in warned if "no kernel takes their format" in str(one.message)]
+    assert len(said) == (None in schemes) and all("14 of 14 quantised linears" in words for words in said)
     # The same sums in another order, x in steps of 2^-16; where x is rounded, some move by a step of that.
     assert error < (2e-2 if schemes & {"fp8", "fp8-block"} else 1e-4)
 
@@ -196,6 +201,29 @@ def test_the_layout_of_cuda(tmp_path: Path, case: str) -> None:
         for name, spec in plan.weights.items():
             wanted = torch.bfloat16 if spec.dtype == "model" else getattr(torch, spec.dtype)
             assert (tuple(weights[name].shape), weights[name].dtype) == (spec.shape, wanted)
+
+
+def test_without_the_pass_the_weights_are_dequantised(tmp_path: Path) -> None:
+    config, pack, _, _ = CASES["gptq-asym-act-order"]
+    folder, plain, _ = made.make(tmp_path, config, pack)
+    torch.testing.assert_close(
+        logits_of(folder, disabled_passes=("quantize",)), logits_of(plain), rtol=0, atol=1e-5
+    )
+
+
+def test_biases_of_zeros_are_no_matter(tmp_path: Path) -> None:
+    """AutoGPTQ wrote them for models without."""
+    config, pack, _, _ = CASES["gptq"]
+
+    def change(tensors: dict[str, torch.Tensor], value: float = 0.0) -> None:
+        tensors[f"{made.GATE}.bias"] = torch.full((256,), value).half()
+
+    folder, plain, _ = made.make(tmp_path, config, pack, change=change)
+    exact = logits_of(plain)
+    assert (logits_of(folder) - exact).norm() < 1e-4 * exact.norm()
+    folder, _, _ = made.make(tmp_path, config, pack, change=lambda tensors: change(tensors, 0.5))
+    with pytest.raises(CheckpointError, match=r"gate_proj\.bias', for which LlamaForCausalLM has no place"):
+        LLM(folder, device="cpu", max_num_seqs=1)
 
 
 # --- which linears are quantised --------------------------------------------------------------------------
@@ -311,6 +339,9 @@ def test_formats_that_are_not_read(tmp_path: Path) -> None:
         {**MODELOPT, "quant_algo": "W4A8_AWQ"},
         r"q_proj is quantised by ModelOpt's W4A8_AWQ; fastkernels reads FP8, FP8_PER_CHANNEL_PER",
     )
+    folder, _, _ = made.make(tmp_path, {"quant_method": "modelopt"}, made.fp8("tensor"))
+    with pytest.raises(CheckpointError, match="q_proj is quantised, but no quant_algo says how"):
+        _ = Checkpoint(folder).quantized
     refused({**BLOCK, "weight_block_size": [128]}, r"has weight_block_size = \[128\]; it must be two sizes")
 
 

@@ -13,9 +13,11 @@ from fastkernels import LLM, SamplingParams
 from fastkernels.checkpoint import Checkpoint, CheckpointError
 from fastkernels.checkpoint.quantized import QuantizedWriter
 from fastkernels.checkpoint.quantized import writer as writer_module
+from fastkernels.compiler import compile_model
 from fastkernels.quantize import SCHEMES, find_scheme
 from fastkernels.runtime.build import DEMO_FOLDER
 from tests.checkpoint import quantized_made as made
+from tests.checkpoint.test_quantized_readers import definition_logits, logits_of
 from tests.checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +124,22 @@ def test_biases_and_odd_sizes(tmp_path: Path) -> None:
             assert torch.equal(quantized.linears[module].dense(), scheme.dequantize(parts))
         with LLM(out, device="cpu", max_num_seqs=1) as llm:
             assert torch.isfinite(llm.logits([5, 6, 7])).all()
+
+
+def test_unlike_parts_stay_apart(plain: Path, tmp_path: Path) -> None:
+    """q, k and v, and gate and up, in a scheme each: none is merged, and v stays as it is."""
+    schemes = {}
+    for layer in range(2):
+        of = f"model.layers.{layer}"
+        schemes |= {f"{of}.self_attn.q_proj": "int4-g32", f"{of}.self_attn.k_proj": "int8-weight"}
+        schemes |= {f"{of}.mlp.gate_proj": "nvfp4", f"{of}.mlp.up_proj": "mxfp4"}
+    out = quantise(plain, tmp_path / "out", schemes)
+    checkpoint = Checkpoint(out)
+    assert checkpoint.quantized is not None
+    plan = compile_model(checkpoint.config, stored=checkpoint.quantized.linears)
+    assert [step.op for step in plan.steps].count("quantized_linear") == len(schemes)
+    exact = definition_logits(out, dict(schemes))
+    assert (logits_of(out) - exact).norm() < 1e-4 * exact.norm()
 
 
 def test_plain_tensors_replace_the_sources(plain: Path, tmp_path: Path) -> None:

@@ -31,17 +31,17 @@ def read_modelopt(config: Mapping[str, Any], modules: Iterable[Module]) -> list[
     for module in modules:
         if module.is_plain or any(fnmatchcase(module.name, pattern) for pattern in excluded):
             continue
-        algorithm = _algorithm(config, module.name)
-        if algorithm is not None:
-            found.append(_stored(module, algorithm))
+        found.append(_stored(module, _algorithm(config, module)))
     return found
 
 
-def _algorithm(config: Mapping[str, Any], name: str) -> str | None:
+def _algorithm(config: Mapping[str, Any], module: Module) -> str:
     algorithm = config.get("quant_algo")
     if algorithm == "MIXED_PRECISION":
-        algorithm = ((config.get("quantized_layers") or {}).get(name) or {}).get("quant_algo")
-    return None if algorithm is None else str(algorithm).upper()
+        algorithm = ((config.get("quantized_layers") or {}).get(module.name) or {}).get("quant_algo")
+    if algorithm is None:
+        raise module.fail("is quantised, but no quant_algo says how")
+    return str(algorithm).upper()
 
 
 def _stored(module: Module, algorithm: str) -> StoredLinear:
