@@ -8,6 +8,7 @@ from fastkernels import tune
 from fastkernels.cli import app
 from fastkernels.compiler.tune import HOPPER
 from fastkernels.runtime import build
+from tests.checkpoint.quantized_made import fp8, make
 from tests.conftest import CUDA_REASON
 
 
@@ -43,6 +44,17 @@ def test_what_it_prints(made_up_gpu, tmp_path):
     assert "26 choices, 0 times taken" in _tune(*options)
     assert "26 choices, 0 times taken" not in _tune(*options, "--again")
     assert "matmul e4m3-block bf16 6144x4096" in _tune(*options, "--quantization", "fp8-block")
+
+
+def test_a_quantised_checkpoint(made_up_gpu, tmp_path):
+    """Its products are those of its weights."""
+    folder, _, _ = make(tmp_path, {"quant_method": "fp8", "activation_scheme": "static"}, fp8("tensor"))
+    text = _tune(str(folder), "--max-num-tokens", "2", "--dtype", "bf16")
+    for words in ("matmul e4m3 bf16 256x128", "matmul e4m3 bf16 128x256", "linear bf16 301x128"):
+        assert words in text
+    result = CliRunner().invoke(app, ["tune", str(folder), "--dtype", "bf16", "--quantization", "int8"])
+    assert result.exit_code == 2
+    assert "the checkpoint is quantised already (FP8); leave out quantization='int8'" in result.stderr
 
 
 @pytest.mark.skipif(CUDA_REASON is None, reason="there is a GPU")

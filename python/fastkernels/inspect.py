@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkernels import _C
+from fastkernels.checkpoint import Checkpoint
 from fastkernels.checkpoint.json_file import read_json_object
+from fastkernels.checkpoint.quantized import QuantizedWeights, quantization_config
 from fastkernels.compiler import PASSES, Ledger, Plan, Step, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate
 from fastkernels.config import ConfigError, ModelConfig
@@ -57,12 +59,14 @@ def inspect(
     """Show the plan of a model, its kernels before and after fusion, and where its memory goes."""
     with failing_clearly():
         config = find_config(model)
+        quantized = find_quantized(model)
         element_bytes = _element_bytes(dtype, config)
         plan = compile_model(
             config,
             disabled_passes=disable_pass or (),
             quantization=quantization,
             head_quantization=head_quantization,
+            stored=None if quantized is None else quantized.linears,
         )
         seq_len = max_seq_len or config.max_position_embeddings
         ledger = estimate(
@@ -101,6 +105,15 @@ def find_config(model: str) -> ModelConfig:
             f"there is no model {model!r}: give a checkpoint folder, 'demo', or one of {', '.join(PRESETS)}"
         )
     return ModelConfig.from_dict(read_json_object(folder / "config.json"))
+
+
+def find_quantized(model: str) -> QuantizedWeights | None:
+    """Those weights of a checkpoint folder that are, by the headers of its files, which are read only where
+    there are any."""
+    folder = DEMO_FOLDER if model == "demo" else Path(model)
+    if not folder.is_dir() or quantization_config(folder, read_json_object(folder / "config.json")) is None:
+        return None
+    return Checkpoint(folder).quantized
 
 
 def plan_table(plan: Plan, *, full: bool = False) -> Table:

@@ -12,7 +12,7 @@ from rich.table import Table
 from fastkernels.compiler.tune import FILE_NAME, Choices, rule
 from fastkernels.config import EngineConfig, cache_folder
 from fastkernels.errors import DeviceError
-from fastkernels.inspect import find_config
+from fastkernels.inspect import find_config, find_quantized
 from fastkernels.progress import failing_clearly, loading_progress
 from fastkernels.runtime.build import choose_device, choose_dtype, choose_tactics, compile_for
 
@@ -47,7 +47,7 @@ def tune(
             raise DeviceError("nothing to tune: there is no GPU here that this build has kernels for")
         config = find_config(model)
         engine_dtype = choose_dtype(options.dtype, config, device)
-        plan = compile_for(config, options, device, engine_dtype)
+        plan = compile_for(config, options, device, engine_dtype, find_quantized(model))
         start = time.perf_counter()
         with loading_progress() as progress:
             choices = choose_tactics(

@@ -236,7 +236,13 @@ def test_a_broken_weight_is_named(demo, monkeypatch):
 
 
 @pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
-@pytest.mark.parametrize("name", ["int8-weight", "int4", "int4-g32-zeros", "int4-channel", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int8-weight", "int4", "int4-g32-zeros", "int4-channel", "nvfp4", "mxfp4"),
+        *("fp8-weight", "fp8-block-weight"),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_engines_on_cuda(demo, name, dtype):
     """Logits no further from the dequantised model than twice the unquantised engine's from its own."""
@@ -394,7 +400,7 @@ def test_schemes_by_compute_capability(demo, monkeypatch):
         with pytest.raises(
             QuantizationError,
             match=rf"{name} rounds activations, and its products are for GPUs of compute capability 9\.0; "
-            r"this one has 8\.0, where there are int8-weight, int4 and its endings, nvfp4 and mxfp4",
+            rf"this one has 8\.0, where there are {name}-weight, int4 and its endings, nvfp4 and mxfp4",
         ):
             on_cuda(name, (8, 0))
     assert on_cuda("int4-g32", (8, 0)) == on_cuda("int4-g32@cuda", (8, 0)) == "int4-g32@cuda"
@@ -413,7 +419,9 @@ def test_sizes_that_the_gpus_products_do_not_take(demo):
         compile_model(replace(demo.config, vocab_size=4001), head_quantization="int8@cuda")
 
 
-@pytest.mark.parametrize("name", ["int8-weight", "int4", "int4-zeros", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "name", ["int8-weight", "int4", "int4-zeros", "nvfp4", "mxfp4", "fp8-weight", "fp8-block-weight"]
+)
 def test_weights_in_the_layout_of_cuda_take_the_bytes_that_the_plan_says(demo, name):
     plan = compile_model(demo.config, quantization=f"{name}@cuda")
     weights = load_weights(plan, demo, device="cpu", dtype=torch.float32)

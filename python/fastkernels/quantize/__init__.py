@@ -1,18 +1,19 @@
 """How a weight is quantised: one scheme a file, used by the loader and by the compiler's pass alike.
 
-Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4``
-takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
-neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point.
+Scheme names: ``fp8``, ``fp8-block``, ``fp8-weight``, ``fp8-block-weight``, ``int8``, ``int8-weight``,
+``int4``, ``nvfp4``, ``mxfp4``. ``int4`` takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is
+``int4``) and ``int4-channel`` say how many neighbours share a scale, ``-zeros`` behind any of them gives
+every group a zero point, and ``-fp16`` or ``-fp32`` behind that holds scales as checkpoints have them.
 ``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold;
-``on_cuda`` says which a GPU has.
+``on_cuda`` says which a GPU has, and ``stored_on_cuda`` which it has for weights of a quantised checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastkernels.quantize.fp8 import Fp8
-from fastkernels.quantize.fp8_block import Fp8Block
+from fastkernels.quantize.fp8 import Fp8, Fp8Weight
+from fastkernels.quantize.fp8_block import Fp8Block, Fp8BlockWeight
 from fastkernels.quantize.int4 import Int4
 from fastkernels.quantize.int8 import Int8
 from fastkernels.quantize.int8_weight import Int8Weight
@@ -31,6 +32,7 @@ __all__ = [
     "Scheme",
     "find_scheme",
     "on_cuda",
+    "stored_on_cuda",
 ]
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
@@ -41,6 +43,8 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
     "int4": Int4,
     "nvfp4": Nvfp4,
     "mxfp4": Mxfp4,
+    "fp8-weight": Fp8Weight,
+    "fp8-block-weight": Fp8BlockWeight,
 }
 
 
@@ -55,7 +59,8 @@ def find_scheme(name: str) -> Scheme:
     if scheme is None:
         raise QuantizationError(
             f"no quantization scheme is called {name!r}; there are {', '.join(SCHEMES)}, and of int4 also "
-            "int4-g32, int4-g64 and int4-channel, each with -zeros or without"
+            "int4-g32, int4-g64 and int4-channel, each with -zeros or without, and then with -fp16, -fp32 or "
+            "without"
         )
     return scheme
 
@@ -69,7 +74,23 @@ def on_cuda(name: str, capability: tuple[int, int]) -> str:
     if find_scheme(name).activation is not None and capability != (9, 0):
         raise QuantizationError(
             f"{name} rounds activations, and its products are for GPUs of compute capability 9.0; this one "
-            f"has {capability[0]}.{capability[1]}, where there are int8-weight, int4 and its endings, nvfp4 "
-            "and mxfp4"
+            f"has {capability[0]}.{capability[1]}, where there are {name}-weight, int4 and its endings, "
+            "nvfp4 and mxfp4"
         )
     return name + SUFFIX
+
+
+def stored_on_cuda(name: str, out_size: int, in_size: int, capability: tuple[int, int]) -> str:
+    """As ``on_cuda``, of a weight [out_size, in_size] that a checkpoint holds in the scheme ``name``.
+
+    Where activations cannot be rounded, on that GPU or for a weight of these sizes, they are left as they
+    are, which is no less exact: "fp8-weight@cuda" for "fp8".
+    """
+    if find_scheme(name).activation is None:
+        return on_cuda(name, capability)
+    try:
+        rounded = on_cuda(name, capability)
+        find_scheme(rounded).parts(out_size, in_size)
+        return rounded
+    except QuantizationError:
+        return on_cuda(f"{name}-weight", capability)

@@ -117,6 +117,11 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
     )
 
 
+def _gather_columns(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    x, permutation = inputs
+    return partial(_aten.index_select.out, x, 1, permutation, out=outputs[0])
+
+
 def _rms_norm(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
     x, weight = inputs
     return partial(_fk.rms_norm.default, x, weight, attributes["eps"], outputs[0])
@@ -180,6 +185,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
     "quantized_linear": _quantized_linear,
+    "gather_columns": _gather_columns,
     "quantize": _quantizing(_fk.quantize.default),
     "matmul": _only_on_a_gpu,
     "rms_norm": _rms_norm,

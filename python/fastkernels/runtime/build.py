@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastkernels._library import _C
 from fastkernels.checkpoint import Checkpoint, GenerationConfig, Tokenizer, read_generation_config
+from fastkernels.checkpoint.quantized import QuantizedWeights, StoredLinear
 from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
 from fastkernels.compiler.tune import (
@@ -29,7 +31,7 @@ from fastkernels.config import ConfigError, EngineConfig, ModelConfig, TuneMode,
 from fastkernels.errors import DeviceError, ModelNotFoundError
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops.gemm import matmul_workspace_bytes
-from fastkernels.quantize import on_cuda
+from fastkernels.quantize import on_cuda, stored_on_cuda
 from fastkernels.runtime.engine import Engine
 from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.kv_cache import KVCache
@@ -121,20 +123,56 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
     return _DTYPES[name]
 
 
-def compile_for(config: ModelConfig, options: EngineConfig, device: torch.device, dtype: torch.dtype) -> Plan:
-    """The plan of an engine on this device. Raises ConfigError for schemes that it has no kernels for."""
+def compile_for(
+    config: ModelConfig,
+    options: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: QuantizedWeights | None = None,
+) -> Plan:
+    """The plan of an engine on this device. quantized: those weights of the checkpoint that are.
+
+    Raises ConfigError for schemes that it has no kernels for, and for ``options.quantization`` of what is
+    quantised already.
+    """
     schemes = [options.quantization, options.head_quantization]
-    if device.type == "cuda" and any(schemes):
+    stored = {} if quantized is None else dict(quantized.linears)
+    if quantized is not None and stored and options.quantization is not None:
+        raise ConfigError(
+            f"the checkpoint is quantised already ({quantized.method}); leave out "
+            f"quantization={options.quantization!r}"
+        )
+    if device.type == "cuda" and (any(schemes) or stored):
         if dtype == torch.float32:
             raise ConfigError("quantised weights on CUDA take dtype bf16 or fp16; this engine's is fp32")
         capability = torch.cuda.get_device_capability(device)
         schemes = [name and on_cuda(name, capability) for name in schemes]
+        stored = {name: _on_cuda(linear, capability) for name, linear in stored.items()}
     return compile_model(
         config,
         disabled_passes=options.disabled_passes,
         quantization=schemes[0],
         head_quantization=schemes[1],
+        stored=stored,
     )
+
+
+def _on_cuda(linear: StoredLinear, capability: tuple[int, int]) -> StoredLinear:
+    if linear.scheme is None:
+        return linear
+    sizes = linear.module.out_size, linear.module.in_size
+    return replace(linear, scheme=stored_on_cuda(linear.scheme, *sizes, capability))
+
+
+def _warn_of_dense(name: str, stored: Mapping[str, StoredLinear], dtype: torch.dtype) -> None:
+    dense = [linear for linear in stored.values() if linear.scheme is None]
+    if dense:
+        kind, (rows, size) = dense[0].weight_type, dense[0].block
+        warnings.warn(
+            f"{name}: {len(dense)} of {len(stored)} quantised linears are held in {dtype}, since no kernel "
+            f"takes their format ({kind}, a scale for {rows} x {size})",
+            stacklevel=2,
+        )
 
 
 def choose_tactics(
@@ -181,8 +219,11 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
     report = progress or (lambda stage, done, total: None)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, source.config, device)
+    quantized = None if source.checkpoint is None else source.checkpoint.quantized
     report("compiling", 0, 1)
-    plan = compile_for(source.config, options, device, dtype)
+    plan = compile_for(source.config, options, device, dtype, quantized)
+    if quantized is not None:
+        _warn_of_dense(source.name, quantized.linears, dtype)
     report("compiling", 1, 1)
 
     available_bytes = _available_bytes(device, options.kv_cache_fraction)

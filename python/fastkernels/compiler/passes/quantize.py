@@ -2,7 +2,13 @@
 
     linear(x; W)   ->   quantized_linear(x; W.packed, W.scales, ...)
 
-and where a scheme that rounds activations is for a GPU, linears that read the same x sharing what is first:
+or with weights that a checkpoint holds quantised. Where their columns are in activation order, x is gathered,
+once for all linears that read it in that order:
+
+    linear(x; W)   ->   quantized_linear(gather_columns(x; W.permutation); W.packed, W.scales, ...)
+
+Where a scheme that rounds activations is for a GPU, linears that read the same x, or gather it in the same
+order, share what is first:
 
     linear(x; W)   ->   quantize(x), matmul(bytes, their scales; W.packed, W.scales)
 
@@ -12,52 +18,69 @@ head that shares the embedding's weight gets a quantised copy of it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 from fastkernels.compiler.graph import Graph, Node, QuantizedPart, Value, WeightSpec
-from fastkernels.quantize import QuantizationError, Rounded, Scheme
+from fastkernels.quantize import PartSpec, QuantizationError, Rounded, Scheme
 
 
 def quantize(graph: Graph) -> Graph:
     users = graph.users()
     replacements: dict[int, list[Node]] = {}
     specs: list[WeightSpec] = []
-    rounded: dict[tuple[Value, str | None], Node] = {}
+    in_order: dict[tuple[Value, Hashable], Node] = {}  # its gather_columns, by order
+    rounded: dict[tuple[Value, str | None], Node] = {}  # its quantize, by activation
     for index, node in enumerate(graph.nodes):
         if node.op != "linear":
             continue
-        scheme = (
-            graph.quantization.head if _is_head(graph, users[node.output]) else graph.quantization.linears
-        )
+        weight, *bias = node.weights
+        spec, given = graph.weights[weight], graph.quantization
+        stored = given.stored_of(spec)
+        if stored is not None:
+            scheme: Scheme | None = stored.scheme
+        else:
+            scheme = given.head if _is_head(graph, users[node.output]) else given.linears
         if scheme is None:
             continue
-        weight, *bias = node.weights
-        parts = _parts(graph.weights[weight], scheme)
+        parts = _parts(spec, scheme, stored is not None)
         specs += parts
         names = (*(part.name for part in parts), *bias)
         attributes = {**node.attributes, "scheme": scheme.name}
-        if not isinstance(scheme, Rounded):
-            replacements[index] = [Node("quantized_linear", node.inputs, node.outputs, names, attributes)]
-            continue
-        replacements[index] = []
-        key = node.inputs[0], scheme.scheme.activation
-        if key not in rounded:
-            rounded[key] = _round(node, scheme)
-            replacements[index].append(rounded[key])
-        replacements[index].append(Node("matmul", rounded[key].outputs, node.outputs, names, attributes))
+        inputs, op, replacements[index] = node.inputs, "quantized_linear", []
+        if stored is not None and stored.order is not None:
+            (x,), order = inputs, stored.order
+            if (x, order) not in in_order:
+                permutation = _part(spec, scheme, "permutation", PartSpec(spec.shape[1:], "int64"), True)
+                specs.append(permutation)
+                in_order[x, order] = _gather(node, permutation)
+                replacements[index].append(in_order[x, order])
+            inputs = in_order[x, order].outputs
+        if isinstance(scheme, Rounded):
+            (x,), activation, op = inputs, scheme.scheme.activation, "matmul"
+            if (x, activation) not in rounded:
+                rounded[x, activation] = _round(x, node.output.name, scheme)
+                replacements[index].append(rounded[x, activation])
+            inputs = rounded[x, activation].outputs
+        replacements[index].append(Node(op, inputs, node.outputs, names, attributes))
     return graph.rewrite(replacements, new_weights=specs)
 
 
-def _round(linear: Node, scheme: Rounded) -> Node:
-    """The input of ``linear`` as bytes and, per token or per 128 neighbours, their scales."""
-    (x,), name = linear.inputs, linear.output.name
+def _gather(linear: Node, permutation: WeightSpec) -> Node:
+    """The columns of what ``linear`` reads, in the order that its weight has them."""
+    gathered = replace(linear.inputs[0], name=f"{linear.output.name}.in_order")
+    return Node("gather_columns", linear.inputs, (gathered,), (permutation.name,))
+
+
+def _round(x: Value, name: str, scheme: Rounded) -> Node:
+    """x as bytes and, per token or per 128 neighbours, their scales. name: of the first result they make."""
     per, dtype = scheme.rounding
     by_token = () if per == "token" else (x.row_size // scheme.block(x.row_size)[1],)
     outputs = (
         Value(f"{name}.x", (x.row_size,), x.rows, str(dtype).removeprefix("torch.")),
         Value(f"{name}.x_scales", by_token, x.rows, "float32"),
     )
-    return Node("quantize", linear.inputs, outputs, attributes={"per": per})
+    return Node("quantize", (x,), outputs, attributes={"per": per})
 
 
 def _is_head(graph: Graph, users: list[int]) -> bool:
@@ -65,19 +88,20 @@ def _is_head(graph: Graph, users: list[int]) -> bool:
     return any(user == len(graph.nodes) or graph.nodes[user].op == "gather_rows" for user in users)
 
 
-def _parts(spec: WeightSpec, scheme: Scheme) -> list[WeightSpec]:
+def _parts(spec: WeightSpec, scheme: Scheme, stored: bool) -> list[WeightSpec]:
     out_size, in_size = spec.shape
     try:
         parts = scheme.parts(out_size, in_size)
     except QuantizationError as error:
         raise QuantizationError(f"{spec.name} cannot be quantised: {error}") from None
-    return [
-        replace(
-            spec,
-            name=f"{spec.name}.{part}",
-            shape=of.shape,
-            dtype=of.dtype,
-            quantized=QuantizedPart(spec, scheme.name, part),
-        )
-        for part, of in parts.items()
-    ]
+    return [_part(spec, scheme, part, of, stored) for part, of in parts.items()]
+
+
+def _part(spec: WeightSpec, scheme: Scheme, part: str, of: PartSpec, stored: bool) -> WeightSpec:
+    return replace(
+        spec,
+        name=f"{spec.name}.{part}",
+        shape=of.shape,
+        dtype=of.dtype,
+        quantized=QuantizedPart(spec, scheme.name, part, stored),
+    )
