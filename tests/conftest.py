@@ -35,15 +35,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 def _on_the_cpu(oracle: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def call(*args: object, **options: object) -> torch.Tensor:
+        device = next(x.device for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
         moved = [x.cpu() if isinstance(x, torch.Tensor) else x for x in args]
         named = {k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-        return oracle(*moved, **named).to(args[0].device)  # type: ignore[attr-defined]
+        return oracle(*moved, **named).to(device)
 
     return call
 
 
 if os.environ.get("FASTKERNELS_REFERENCE_ON_CPU"):  # compute-sanitizer's racecheck breaks cuBLAS's kernels
-    for _name in ("attention", "paged_attention", "linear"):
+    for _name in ("attention", "paged_attention", "linear", "quantized_linear"):
         setattr(reference, _name, _on_the_cpu(getattr(reference, _name)))
 
 

@@ -140,13 +140,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     const auto load_x = [&](Chunk<kRowTiles, kTokenTiles>& chunk, int i) {
         if constexpr (kScales == MatmulScales::block) {
             const int at = i * kWarps + warp;
-            const float of_weight = __ldg(p.weight_scales + first_row / 128 * all_chunks + at);
+            const float of_weight = p.weight_scales[first_row / 128 * all_chunks + at];
 #pragma unroll
             for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int token = min(n * 8 + t * 2 + e, num_tokens - 1);
-                    chunk.scale[n][e] = of_weight * __ldg(p.x_scales + static_cast<int64_t>(token) * all_chunks + at);
+                    // Not __ldg: this kernel may have begun before the one that writes them.
+                    chunk.scale[n][e] = of_weight * p.x_scales[static_cast<int64_t>(token) * all_chunks + at];
                 }
             }
         }

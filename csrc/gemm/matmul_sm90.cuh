@@ -242,13 +242,14 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < Scales::kWeights; ++i) {
             const int block = min(weight_row / 128 + i, (args.out_size - 1) / 128);
-            scales.weight[i] = __ldg(args.weight_scales + block * chunks + chunk);
+            scales.weight[i] = args.weight_scales[block * chunks + chunk];
         }
         const int first = kTokensAreA ? first_row(place) + warp * 16 + lane / 4 : place.b * kN + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < Scales::kTokens; ++i) {
             const int token = min(first + (kTokensAreA ? i * 8 : i / 2 * 8 + i % 2), last_token);
-            scales.token[i] = __ldg(args.token_scales + static_cast<int64_t>(token) * chunks + chunk);
+            // Not __ldg: this kernel may have begun before the one that writes them.
+            scales.token[i] = args.token_scales[static_cast<int64_t>(token) * chunks + chunk];
         }
         return scales;
     }
