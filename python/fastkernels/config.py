@@ -204,17 +204,11 @@ class ModelConfig:
         """From a parsed config.json, of transformers 4 (``rope_theta``, ``torch_dtype``) or 5
         (``rope_parameters``).
 
-        Raises UnsupportedModelError for an architecture, activation, rope scaling or quantisation that
-        fastkernels does not run, ConfigError for a missing or impossible value.
+        Raises UnsupportedModelError for an architecture, activation or rope scaling that fastkernels does not
+        run, ConfigError for a missing or impossible value.
         """
         architecture = _architecture(hf)
         family = _FAMILIES[architecture]
-        if hf.get("quantization_config"):
-            method = hf["quantization_config"].get("quant_method", "unnamed")
-            raise UnsupportedModelError(
-                f"the checkpoint is quantised ({method}); fastkernels reads float32, float16 and bfloat16 "
-                "checkpoints"
-            )
         act = hf.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
             raise UnsupportedModelError(
@@ -440,7 +434,8 @@ class EngineConfig:
     random_weights:    seeded random weights at the model's shapes, for benchmarks
     quantization:      scheme that the weights of all linears but the head are rounded to as they are loaded:
                        "fp8", "fp8-block", "int8", "int8-weight", "int4", "nvfp4", "mxfp4"; more in
-                       ``fastkernels.quantize``. On CUDA those that leave activations as they are
+                       ``fastkernels.quantize``. On CUDA those that leave activations as they are. None for a
+                       checkpoint that is quantised already, which is loaded as it is
     head_quantization: the head's; None keeps it as it is
     Raises ConfigError for a value outside its range.
     """

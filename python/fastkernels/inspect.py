@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkernels import _C
+from fastkernels.checkpoint import Checkpoint
 from fastkernels.checkpoint.json_file import read_json_object
+from fastkernels.checkpoint.quantized import StoredLinear, quantization_config
 from fastkernels.compiler import PASSES, Ledger, Plan, Step, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate
 from fastkernels.config import ConfigError, ModelConfig
@@ -62,6 +65,7 @@ def inspect(
             disabled_passes=disable_pass or (),
             quantization=quantization,
             head_quantization=head_quantization,
+            stored=_stored(model),
         )
         seq_len = max_seq_len or config.max_position_embeddings
         ledger = estimate(
@@ -84,6 +88,15 @@ def inspect(
             console.print()
             console.print(table)
         console.print(ledger.sentence(), markup=False, highlight=False)
+
+
+def _stored(model: str) -> Mapping[str, StoredLinear] | None:
+    """The quantised linears of a checkpoint folder, of which the headers of its files are read then."""
+    folder = DEMO_FOLDER if model == "demo" else Path(model)
+    if not folder.is_dir() or quantization_config(folder, read_json_object(folder / "config.json")) is None:
+        return None
+    quantized = Checkpoint(folder).quantized
+    return None if quantized is None else quantized.linears
 
 
 def find_config(model: str) -> ModelConfig:

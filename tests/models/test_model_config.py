@@ -125,7 +125,6 @@ def test_silent_keys() -> None:
         ({"hidden_act": "gelu"}, "activation 'gelu'; fastkernels takes 'silu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'; fastkernels knows default, linear"),
         ({"rope_parameters": {"full_attention": {}}}, "each layer type its own rope"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
         ({"torch_dtype": "float64"}, "dtype 'float64'; fastkernels takes float32, float16, bfloat16"),
         (
             {

@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from fastkernels.checkpoint.errors import CheckpointError
 from fastkernels.checkpoint.json_file import read_json_object
 from fastkernels.checkpoint.safetensors_file import SafetensorsFile
 from fastkernels.config import ConfigError, ModelConfig, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from fastkernels.checkpoint.quantized import QuantizedWeights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,6 +63,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path / 'config.json'} holds a value of the wrong type: {error}"
             ) from error
+
+    @cached_property
+    def quantized(self) -> QuantizedWeights | None:
+        """Its quantised weights, None where it has none. Raises CheckpointError as ``open_quantized``."""
+        from fastkernels.checkpoint.quantized import (
+            open_quantized,
+        )  # here: the writer beside it needs this file
+
+        return open_quantized(self)
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""

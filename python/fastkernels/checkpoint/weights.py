@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastkernels.checkpoint.errors import CheckpointError
+from fastkernels.checkpoint.quantized.formats import dense_weight
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.models.decoder import CausalLM
 
@@ -17,17 +18,26 @@ def load_weights(model: CausalLM, checkpoint: Checkpoint, *, dtype: torch.dtype 
     model.
 
     dtype: cast to it; None keeps the checkpoint's and shares its mapped file without copying
+    Weights that are quantised there are dequantised, to fp32 where dtype is None; activations stay as they
+    are.
     Raises CheckpointError for a missing tensor, one of the wrong shape, and one that the model has no place
     for.
     """
     aliases = model.aliases
     wanted = [name for name in model.state_dict() if name not in aliases]
     unused = [name for name in checkpoint.names() if name not in wanted and name not in aliases]
-    unused = [name for name in unused if not name.endswith(_DERIVED)]
+    quantized = checkpoint.quantized
+    unused = [
+        name
+        for name in unused
+        if not name.endswith(_DERIVED) and not (quantized is not None and quantized.holds(name))
+    ]
     for name in wanted:
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        value = checkpoint.tensor(name, shape=getattr(owner, leaf).shape)
+        value = dense_weight(checkpoint, name)
+        if value is None:
+            value = checkpoint.tensor(name, shape=getattr(owner, leaf).shape)
         if not value.is_floating_point():
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name!r} is {value.dtype}; weights are floating point"

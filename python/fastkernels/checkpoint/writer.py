@@ -48,8 +48,8 @@ def write_checkpoint(
             "metadata": {"total_size": total},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        _write_json(folder / INDEX_FILE, index)
-    _write_json(folder / "config.json", config)
+        write_json(folder / INDEX_FILE, index)
+    write_json(folder / "config.json", config)
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,5 +76,5 @@ def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str
     return shards
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

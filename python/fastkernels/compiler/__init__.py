@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from fastkernels.compiler.graph import CompileError, Quantization, WeightSpec
+from fastkernels.checkpoint.quantized import StoredLinear
+from fastkernels.compiler.graph import CompileError, Quantization, StoredScheme, WeightSpec
 from fastkernels.compiler.ledger import EngineMemoryError, Ledger, format_bytes
 from fastkernels.compiler.lower import count_kernels, lower
 from fastkernels.compiler.memory import ArenaLayout, arena_layout
@@ -39,6 +40,7 @@ def compile_model(
     disabled_passes: Collection[str] = (),
     quantization: str | None = None,
     head_quantization: str | None = None,
+    stored: Mapping[str, StoredLinear] | None = None,
 ) -> Plan:
     """The plan of the model that ``config`` describes.
 
@@ -46,13 +48,22 @@ def compile_model(
                      "quantize", with all weights as they are
     quantization, head_quantization: names of schemes (``fastkernels.quantize``) of all linears but the head,
                      and of the head
+    stored:          the linears that the checkpoint holds quantised, ``Checkpoint.quantized.linears``
     Raises UnknownPassError, UnsupportedModelError, QuantizationError, or CompileError naming what has no
     step.
     """
     passes = enabled_passes(disabled_passes)
-    schemes = Quantization(
-        *(None if name is None else find_scheme(name) for name in (quantization, head_quantization))
+    linears, head = (
+        None if name is None else find_scheme(name) for name in (quantization, head_quantization)
     )
+    held = {
+        f"{name}.weight": StoredScheme(
+            find_scheme(linear.scheme), linear.alike, linear.permutation is not None
+        )
+        for name, linear in (stored or {}).items()
+        if linear.scheme is not None
+    }
+    schemes = Quantization(linears, head, held)
     graph = replace(trace(config), quantization=schemes)
     kernels_before = count_kernels(graph)
     after_pass = {}

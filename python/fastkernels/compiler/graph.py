@@ -8,7 +8,7 @@ renamed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
@@ -60,19 +60,55 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class QuantizedPart:
-    """One of the tensors that ``scheme``, by its name, makes of the weight ``of``."""
+    """One of the tensors that ``scheme``, by its name, makes of the weight ``of``.
+
+    stored: the checkpoint holds them; otherwise the weight is rounded as it is loaded
+    """
 
     of: WeightSpec
     scheme: str
     part: str
+    stored: bool = False
+
+
+@dataclass(frozen=True)
+class StoredScheme:
+    """How the checkpoint holds the weight of a linear.
+
+    alike:    equal for linears that may become one
+    permuted: its columns are in another order than the model's, by a part of its own, "permutation"
+    """
+
+    scheme: Scheme
+    alike: Hashable = None
+    permuted: bool = False
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The schemes of a model's linears; None: they stay as they are. The head's is its own."""
+    """The schemes of a model's linears; None: they stay as they are. The head's is its own.
+
+    stored: of a quantised checkpoint, by the name of the weight; it goes before the others
+    """
 
     linears: Scheme | None = None
     head: Scheme | None = None
+    stored: Mapping[str, StoredScheme] = field(default_factory=dict)
+
+    def stored_of(self, spec: WeightSpec) -> StoredScheme | None:
+        """Of merged weights, which are alike, the first one's."""
+        return self.stored.get(spec.sources[0])
+
+    def may_lie_together(self, specs: Sequence[WeightSpec]) -> bool:
+        """Whether what the checkpoint holds of these can lie one below the other."""
+        found = [self.stored_of(spec) for spec in specs]
+        if any(stored is None for stored in found):
+            return all(stored is None for stored in found)
+        rows = [
+            stored.scheme.block(spec.shape[1])[0] for stored, spec in zip(found, specs, strict=True) if stored
+        ]
+        whole = all(spec.shape[0] % count == 0 for spec, count in zip(specs[:-1], rows[:-1], strict=True))
+        return whole and len({stored.alike for stored in found if stored}) == 1
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ OPS: dict[str, _Op] = {
     "embedding": _Op(_plain, {}),
     "linear": _Op(_plain, {}),
     "quantized_linear": _Op(_plain, {}),
+    "gather_columns": _Op(_plain, {}),
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),
     "rope": _Op(lambda node, values: (*values, "positions", "cos_sin"), {0: (0,), 1: (1,)}),
@@ -89,7 +90,8 @@ OPS: dict[str, _Op] = {
     "silu_mul": _Op(_plain, {}),
     "gather_rows": _Op(lambda node, values: (*values, "logits_indices"), {}),
 }
-"""The steps there are: kernels of fastkernels.ops or, for linear, silu, mul and add, of torch."""
+"""The steps there are: kernels of fastkernels.ops or, for linear, gather_columns, silu, mul and add, of
+torch."""
 
 VIEWS = ("view", "slice")
 

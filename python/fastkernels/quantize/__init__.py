@@ -1,8 +1,9 @@
 """How a weight is quantised: one scheme a file, used by the loader and by the compiler's pass alike.
 
-Scheme names: ``fp8``, ``fp8-block``, ``int8``, ``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4``
-takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many
-neighbours share a scale, and ``-zeros`` behind any of them gives every group a zero point.
+Scheme names: ``fp8``, ``fp8-block``, ``fp8-weight``, ``fp8-block-weight``, ``int8``, ``int8-weight``,
+``int4``, ``nvfp4``, ``mxfp4``. ``int4`` takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is
+``int4``) and ``int4-channel`` say how many neighbours share a scale, ``-zeros`` behind any of them gives
+every group a zero point, and ``-fp16`` or ``-fp32`` behind that holds scales as checkpoints have them.
 ``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold.
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastkernels.quantize.fp8 import Fp8
-from fastkernels.quantize.fp8_block import Fp8Block
+from fastkernels.quantize.fp8 import Fp8, Fp8Weight
+from fastkernels.quantize.fp8_block import Fp8Block, Fp8BlockWeight
 from fastkernels.quantize.int4 import Int4
 from fastkernels.quantize.int8 import Int8
 from fastkernels.quantize.int8_weight import Int8Weight
@@ -25,6 +26,8 @@ __all__ = ["SCHEMES", "PartSpec", "QuantizationError", "Repacked", "Scheme", "fi
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fp8": Fp8,
     "fp8-block": Fp8Block,
+    "fp8-weight": Fp8Weight,
+    "fp8-block-weight": Fp8BlockWeight,
     "int8": Int8,
     "int8-weight": Int8Weight,
     "int4": Int4,
@@ -43,6 +46,7 @@ def find_scheme(name: str) -> Scheme:
     if scheme is None:
         raise QuantizationError(
             f"no quantization scheme is called {name!r}; there are {', '.join(SCHEMES)}, and of int4 also "
-            "int4-g32, int4-g64 and int4-channel, each with -zeros or without"
+            "int4-g32, int4-g64 and int4-channel, each with -zeros or without, and then with -fp16, -fp32 or "
+            "without"
         )
     return scheme

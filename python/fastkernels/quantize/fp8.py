@@ -1,10 +1,16 @@
-"""fp8: e4m3 weights with a scale a row, activations rounded to e4m3 with a scale a token."""
+"""fp8: e4m3 weights with a scale a row, activations rounded to e4m3 with a scale a token.
+
+fp8-weight: activations as they are.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastkernels.ops.quantized_gemm import Activation
 from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, usable
 
 LARGEST = 448.0  # of e4m3
@@ -14,7 +20,7 @@ class Fp8(Scheme):
     """packed: float8_e4m3fn [out_size, in_size]; scales: fp32 [out_size, 1], largest magnitude / 448."""
 
     weight_type = "e4m3"
-    activation = "e4m3"
+    activation: ClassVar[Activation | None] = "e4m3"
 
     @property
     def name(self) -> str:
@@ -31,6 +37,16 @@ class Fp8(Scheme):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         return by_rows(self.checked(weight), _quantize_rows)
+
+
+class Fp8Weight(Fp8):
+    """fp8-weight: the parts of fp8; activations as they are."""
+
+    activation = None
+
+    @property
+    def name(self) -> str:
+        return "fp8-weight"
 
 
 def _quantize_rows(rows: Tensor) -> dict[str, Tensor]:

@@ -1,13 +1,17 @@
 """fp8-block: e4m3 weights with a scale for 128 x 128 of them, activations with one for 128 neighbours.
 
+fp8-block-weight: activations as they are.
 Source: DeepSeek-AI 2024, DeepSeek-V3 Technical Report, section 3.3.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastkernels.ops.quantized_gemm import Activation
 from fastkernels.quantize.fp8 import LARGEST, to_e4m3
 from fastkernels.quantize.scheme import PartSpec, Scheme, by_rows, usable
 
@@ -19,7 +23,7 @@ class Fp8Block(Scheme):
     magnitude / 448."""
 
     weight_type = "e4m3"
-    activation = "e4m3-block"
+    activation: ClassVar[Activation | None] = "e4m3-block"
 
     @property
     def name(self) -> str:
@@ -37,6 +41,16 @@ class Fp8Block(Scheme):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         return by_rows(self.checked(weight), _quantize_rows, multiple=BLOCK)
+
+
+class Fp8BlockWeight(Fp8Block):
+    """fp8-block-weight: the parts of fp8-block; activations as they are."""
+
+    activation = None
+
+    @property
+    def name(self) -> str:
+        return "fp8-block-weight"
 
 
 def _quantize_rows(rows: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,10 @@ class Repacked(Scheme):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         out_size, in_size = weight.shape
         self.parts(out_size, in_size)
-        parts = self.scheme.quantize(weight)
+        return self.repack(self.scheme.quantize(weight), in_size)
+
+    def repack(self, parts: Mapping[str, Tensor], in_size: int) -> dict[str, Tensor]:
+        """From the parts of the scheme that it repacks."""
         repacked = repack_for_cuda(
             parts["packed"],
             parts["scales"],

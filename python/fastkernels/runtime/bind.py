@@ -73,6 +73,11 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
     )
 
 
+def _gather_columns(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    x, permutation = inputs
+    return partial(_aten.index_select.out, x, 1, permutation, out=outputs[0])
+
+
 def _streams_weight(x: Tensor, weight: Tensor) -> bool:
     """Whether our own kernel takes these and is the faster one, by docs/kernels/gemm.md."""
     rows, in_size = x.shape
@@ -145,6 +150,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
     "quantized_linear": _quantized_linear,
+    "gather_columns": _gather_columns,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,

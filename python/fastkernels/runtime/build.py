@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastkernels._library import _C
 from fastkernels.checkpoint import Checkpoint, GenerationConfig, Tokenizer, read_generation_config
+from fastkernels.checkpoint.quantized import StoredLinear
 from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
 from fastkernels.config import ConfigError, EngineConfig, ModelConfig
@@ -108,6 +109,21 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
     return _DTYPES[name]
 
 
+_WEIGHT_ONLY = {"fp8": "fp8-weight", "fp8-block": "fp8-block-weight", "int8": "int8-weight"}
+
+
+def stored_on(device: torch.device, checkpoint: Checkpoint | None) -> dict[str, StoredLinear]:
+    """The quantised linears of a checkpoint with the schemes they have on the device: on CUDA those that
+    leave activations as they are, which is no less exact."""
+    if checkpoint is None or checkpoint.quantized is None:
+        return {}
+    found = checkpoint.quantized.linears
+    if device.type == "cpu":
+        return dict(found)
+    schemes = {name: _WEIGHT_ONLY.get(linear.scheme or "", linear.scheme) for name, linear in found.items()}
+    return {name: replace(linear, scheme=_scheme_on(device, schemes[name])) for name, linear in found.items()}
+
+
 def _scheme_on(device: torch.device, name: str | None) -> str | None:
     """The GPU's kernels take weights in a layout of their own."""
     return name if name is None or device.type == "cpu" else name + SUFFIX
@@ -118,10 +134,17 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
     report = progress or (lambda stage, done, total: None)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, source.config, device)
+    stored = stored_on(device, source.checkpoint)
+    if stored and options.quantization is not None:
+        assert source.checkpoint is not None and source.checkpoint.quantized is not None
+        raise ConfigError(
+            f"{source.name} is quantised already ({source.checkpoint.quantized.method}); leave out "
+            f"quantization={options.quantization!r}"
+        )
     if (
         device.type == "cuda"
         and dtype == torch.float32
-        and (options.quantization or options.head_quantization)
+        and (options.quantization or options.head_quantization or stored)
     ):
         raise ConfigError("quantised weights on CUDA take dtype bf16 or fp16; this engine's is fp32")
     report("compiling", 0, 1)
@@ -130,6 +153,7 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
         disabled_passes=options.disabled_passes,
         quantization=_scheme_on(device, options.quantization),
         head_quantization=_scheme_on(device, options.head_quantization),
+        stored=stored,
     )
     report("compiling", 1, 1)
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.checkpoint.errors import CheckpointError
+from fastkernels.checkpoint.quantized.formats import dense_weight
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import Plan, WeightSpec
+from fastkernels.compiler.graph import QuantizedPart
 from fastkernels.models import build
-from fastkernels.quantize import QuantizationError, find_scheme
+from fastkernels.quantize import QuantizationError, Repacked, find_scheme
 
 Progress = Callable[[int, int], None]
 """Called with the weights that are ready and the number there are."""
@@ -29,8 +31,8 @@ def load_weights(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Every WeightSpec of ``plan`` from ``checkpoint``, cast to dtype; merged projections are put together in
-    place, and quantised to nearest where the plan says so; on the CPU, packed rows that ``ops.interleaves``
-    takes are interleaved.
+    place, and quantised to nearest where the plan says so, or taken as the checkpoint holds them; on the CPU,
+    packed rows that ``ops.interleaves`` takes are interleaved.
 
     A copy in the checkpoint's own dtype on the CPU shares its mapped file.
     Raises CheckpointError for a tensor that is missing, of another shape or not floating point, and for one
@@ -44,7 +46,12 @@ def load_weights(
     def load_as_stored(spec: WeightSpec) -> Tensor:
         return _load(spec, checkpoint, torch.device(device), None)
 
-    return _make_all(plan, load, load_as_stored, progress)
+    def make_parts(quantized: QuantizedPart) -> dict[str, Tensor]:
+        if quantized.stored:
+            return _read_stored(quantized, checkpoint, torch.device(device))
+        return _quantize(quantized, load_as_stored)
+
+    return _make_all(plan, load, make_parts, progress)
 
 
 def random_weights(
@@ -70,37 +77,57 @@ def random_weights(
             weight.fill_(1.0)
         return weight
 
-    return _make_all(plan, make, make, progress)
+    def make_parts(quantized: QuantizedPart) -> dict[str, Tensor]:
+        in_size = quantized.of.shape[1]
+        return {**_quantize(quantized, make), "permutation": torch.arange(in_size, device=device)}
+
+    return _make_all(plan, make, make_parts, progress)
 
 
 def _make_all(
     plan: Plan,
     make: Callable[[WeightSpec], Tensor],
-    make_source: Callable[[WeightSpec], Tensor],
+    make_parts: Callable[[QuantizedPart], dict[str, Tensor]],
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """Every weight of the plan. make: gives those that are not quantised; make_source: what the others are
-    made of, in whatever dtype it is there."""
+    """Every weight of the plan. make: gives those that are not quantised; make_parts: all the parts of which
+    one is given, at least those that the plan wants."""
     weights: dict[str, Tensor] = {}
     for number, spec in enumerate(plan.weights.values(), start=1):
         if spec.quantized is None:
             weights[spec.name] = make(spec)
         elif spec.name not in weights:
-            weights |= _quantize(spec.quantized.of, spec.quantized.scheme, make_source)
+            made = make_parts(spec.quantized)
+            if "packed" in made and made["packed"].device.type == "cpu" and ops.interleaves(made["packed"]):
+                made["packed"] = ops.interleave_rows(made["packed"])
+            names = {part: f"{spec.quantized.of.name}.{part}" for part in made}
+            weights |= {names[part]: made[part] for part in made if names[part] in plan.weights}
         if progress is not None:
             progress(number, len(plan.weights))
     return weights
 
 
-def _quantize(of: WeightSpec, scheme: str, make_source: Callable[[WeightSpec], Tensor]) -> dict[str, Tensor]:
+def _quantize(quantized: QuantizedPart, make: Callable[[WeightSpec], Tensor]) -> dict[str, Tensor]:
     try:
-        parts = find_scheme(scheme).quantize(make_source(of))
+        return find_scheme(quantized.scheme).quantize(make(quantized.of))
     except QuantizationError as error:
-        raise QuantizationError(f"{of.name} cannot be quantised: {error}") from None
-    packed = parts["packed"]
-    if packed.device.type == "cpu" and ops.interleaves(packed):
-        parts["packed"] = ops.interleave_rows(packed)
-    return {f"{of.name}.{part}": tensor for part, tensor in parts.items()}
+        raise QuantizationError(f"{quantized.of.name} cannot be quantised: {error}") from None
+
+
+def _read_stored(quantized: QuantizedPart, checkpoint: Checkpoint, device: torch.device) -> dict[str, Tensor]:
+    """The parts that the checkpoint holds, those of merged linears one below the other."""
+    assert checkpoint.quantized is not None
+    linears = [checkpoint.quantized.linears[name.removesuffix(".weight")] for name in quantized.of.sources]
+    read = [linear.read(device) for linear in linears]
+    parts = {
+        name: tensor if len(read) == 1 or name == "global_scale" else torch.cat([one[name] for one in read])
+        for name, tensor in read[0].items()
+    }
+    scheme = find_scheme(quantized.scheme)
+    if isinstance(scheme, Repacked):
+        parts = scheme.repack(parts, quantized.of.shape[1])
+    permutation = linears[0].permutation
+    return parts if permutation is None else {**parts, "permutation": permutation.to(device)}
 
 
 def _load(
@@ -120,6 +147,9 @@ def _load(
 
 
 def _source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+    dense = dense_weight(checkpoint, name)
+    if dense is not None:
+        return dense
     tensor = checkpoint.tensor(name, shape=shape)
     if not tensor.is_floating_point():
         raise CheckpointError(
@@ -133,10 +163,14 @@ def _check_names(plan: Plan, checkpoint: Checkpoint) -> None:
     wanted = {source for spec in plan.weights.values() for source in spec.sources}
     with torch.device("meta"):
         aliases = build(plan.config).aliases
+    quantized = checkpoint.quantized
     unused = [
         name
         for name in checkpoint.names()
-        if name not in wanted and name not in aliases and not name.endswith(_DERIVED)
+        if name not in wanted
+        and name not in aliases
+        and not name.endswith(_DERIVED)
+        and not (quantized is not None and quantized.holds(name))
     ]
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""

@@ -1,5 +1,10 @@
-"""Quantised checkpoints: readers of what other tools wrote, and a writer of compressed-tensors."""
+"""Quantised checkpoints: readers of what other tools wrote, and a writer of compressed-tensors.
 
+``Checkpoint.quantized`` is what they read; a format is a file.
+"""
+
+from fastkernels.checkpoint.quantized.formats import QuantizedWeights, open_quantized, quantization_config
+from fastkernels.checkpoint.quantized.stored import StoredLinear
 from fastkernels.checkpoint.quantized.writer import QuantizedWriter
 
-__all__ = ["QuantizedWriter"]
+__all__ = ["QuantizedWeights", "QuantizedWriter", "StoredLinear", "open_quantized", "quantization_config"]

@@ -24,7 +24,11 @@ def merge_gate_up(graph: Graph) -> Graph:
         up = mul.inputs[1] if mul.inputs[0] == silu.output else mul.inputs[0]
         indices = [producers[value] for value in (silu.inputs[0], up) if value in producers]
         linears = [graph.nodes[index] for index in indices]
-        if len(set(indices)) != 2 or any(node.op != "linear" for node in linears) or not can_merge(linears):
+        if (
+            len(set(indices)) != 2
+            or any(node.op != "linear" for node in linears)
+            or not can_merge(graph, linears)
+        ):
             continue
         nodes, merged = merge_linears(graph, linears, "gate_up_proj")
         first = min(indices)

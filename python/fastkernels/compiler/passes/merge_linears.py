@@ -5,10 +5,13 @@ from __future__ import annotations
 from fastkernels.compiler.graph import Graph, Node, Value, WeightSpec
 
 
-def can_merge(linears: list[Node]) -> bool:
-    """All read the same input, and all or none have a bias."""
+def can_merge(graph: Graph, linears: list[Node]) -> bool:
+    """All read the same input, all or none have a bias, and what a quantised checkpoint holds goes
+    together."""
     inputs = {node.inputs for node in linears}
-    return len(inputs) == 1 and len({len(node.weights) for node in linears}) == 1
+    specs = [graph.weights[node.weights[0]] for node in linears]
+    same = len(inputs) == 1 and len({len(node.weights) for node in linears}) == 1
+    return same and graph.quantization.may_lie_together(specs)
 
 
 def merge_linears(graph: Graph, linears: list[Node], merged_name: str) -> tuple[list[Node], list[WeightSpec]]:

@@ -26,7 +26,7 @@ def merge_qkv(graph: Graph) -> Graph:
         found = [_projection(graph, producers, value) for value in (q, k, v)]
         indices = [index for index in found if index is not None]
         linears = [graph.nodes[index] for index in indices]
-        if len(set(indices)) != 3 or not can_merge(linears):
+        if len(set(indices)) != 3 or not can_merge(graph, linears):
             continue
         nodes, merged = merge_linears(graph, linears, "qkv_proj")
         first = min(indices)

@@ -2,6 +2,10 @@
 
     linear(x; W)   ->   quantized_linear(x; W.packed, W.scales, ...)
 
+or with weights that a checkpoint holds quantised. Where their columns are in activation order, x is gathered:
+
+    linear(x; W)   ->   quantized_linear(gather_columns(x; W.permutation); W.packed, W.scales, ...)
+
 The head, which gives the logits, has a scheme of its own and is left alone without; embeddings always are. A
 head that shares the embedding's weight gets a quantised copy of it.
 """
@@ -11,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastkernels.compiler.graph import Graph, Node, QuantizedPart, WeightSpec
-from fastkernels.quantize import QuantizationError, Scheme
+from fastkernels.quantize import PartSpec, QuantizationError, Scheme
 
 
 def quantize(graph: Graph) -> Graph:
@@ -21,17 +25,26 @@ def quantize(graph: Graph) -> Graph:
     for index, node in enumerate(graph.nodes):
         if node.op != "linear":
             continue
-        scheme = (
-            graph.quantization.head if _is_head(graph, users[node.output]) else graph.quantization.linears
-        )
+        weight, *bias = node.weights
+        spec, given = graph.weights[weight], graph.quantization
+        stored = given.stored_of(spec)
+        if stored is not None:
+            scheme: Scheme | None = stored.scheme
+        else:
+            scheme = given.head if _is_head(graph, users[node.output]) else given.linears
         if scheme is None:
             continue
-        weight, *bias = node.weights
-        parts = _parts(graph.weights[weight], scheme)
+        parts = _parts(spec, scheme, stored is not None)
         specs += parts
         names = (*(part.name for part in parts), *bias)
         attributes = {**node.attributes, "scheme": scheme.name}
-        replacements[index] = [Node("quantized_linear", node.inputs, node.outputs, names, attributes)]
+        inputs, replacements[index] = node.inputs, []
+        if stored is not None and stored.permuted:
+            order = _part(spec, scheme, "permutation", PartSpec(spec.shape[1:], "int64"), True)
+            specs.append(order)
+            inputs = (replace(inputs[0], name=f"{node.output.name}.in_order"),)
+            replacements[index].append(Node("gather_columns", node.inputs, inputs, (order.name,)))
+        replacements[index].append(Node("quantized_linear", inputs, node.outputs, names, attributes))
     return graph.rewrite(replacements, new_weights=specs)
 
 
@@ -40,19 +53,20 @@ def _is_head(graph: Graph, users: list[int]) -> bool:
     return any(user == len(graph.nodes) or graph.nodes[user].op == "gather_rows" for user in users)
 
 
-def _parts(spec: WeightSpec, scheme: Scheme) -> list[WeightSpec]:
+def _parts(spec: WeightSpec, scheme: Scheme, stored: bool) -> list[WeightSpec]:
     out_size, in_size = spec.shape
     try:
         parts = scheme.parts(out_size, in_size)
     except QuantizationError as error:
         raise QuantizationError(f"{spec.name} cannot be quantised: {error}") from None
-    return [
-        replace(
-            spec,
-            name=f"{spec.name}.{part}",
-            shape=of.shape,
-            dtype=of.dtype,
-            quantized=QuantizedPart(spec, scheme.name, part),
-        )
-        for part, of in parts.items()
-    ]
+    return [_part(spec, scheme, part, of, stored) for part, of in parts.items()]
+
+
+def _part(spec: WeightSpec, scheme: Scheme, part: str, of: PartSpec, stored: bool) -> WeightSpec:
+    return replace(
+        spec,
+        name=f"{spec.name}.{part}",
+        shape=of.shape,
+        dtype=of.dtype,
+        quantized=QuantizedPart(spec, scheme.name, part, stored),
+    )
