@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkernels.checkpoint import Checkpoint
+from fastkernels.checkpoint.quantized.formats import dense_weight
 from fastkernels.models import build
 from fastkernels.models.decoder import DecoderLayer
-from fastkernels.models.layers import Attention, RotaryEmbedding
+from fastkernels.models.layers import Attention
 from fastkernels.ops.reference import round_activation
-from fastkernels.quantize.scheme import Scheme
+from fastkernels.quantize import find_scheme
+from fastkernels.quantize.scheme import QuantizationError, Scheme
 
 _TOKENS_AT_ONCE = 4096  # that go through a layer together, whole texts: what activations take stays small
 _LOGITS_AT_ONCE = 1 << 26
@@ -46,15 +48,16 @@ GROUPS = (
 
 
 class BatchedAttention(nn.Module):
-    """What ``Attention`` computes for one sequence, for many of ``num_tokens`` each, flat one after the other.
+    """What ``Attention`` computes for one sequence, for many of one length, flat one after the other.
 
+    num_tokens:  of a sequence; set before a forward
     kv_rounding: called with "k" or "v" and [num_seqs, num_kv_heads, num_tokens, head_dim] before they are read,
                  as a cache of fewer bits would give them back; None: as they are
     """
 
-    def __init__(self, attention: Attention, num_tokens: int) -> None:
+    def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.num_tokens = 1
         self.scale = attention.scale
         self.sliding_window = attention.sliding_window
         self.kv_rounding: KVRounding | None = None
@@ -83,24 +86,27 @@ class KVRounding:
 
 
 class DecoderLayers:
-    """The decoder of ``checkpoint`` for texts of ``num_tokens``, computing in ``dtype`` on ``device``.
+    """The decoder of ``checkpoint`` for texts of at most ``max_tokens``, computing in ``dtype`` on ``device``.
 
-    Raises UnsupportedModelError or CheckpointError as reading the configuration does.
+    A checkpoint that is quantised is run as its engine runs it: the weights as they were rounded, activations
+    rounded where the scheme rounds them. Raises UnsupportedModelError or CheckpointError as reading the configuration does.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, num_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        max_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """dtype: None: bf16 on CUDA, fp32 on the CPU"""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.num_tokens = num_tokens
         self.device = device
-        self.dtype = dtype
+        self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         with torch.device("meta"):
             self._model = build(self.config)
-        self._model.build_table(num_tokens, str(device))
-        rotary = self._model.model.rotary_emb
-        assert isinstance(rotary, RotaryEmbedding)
+        self._model.build_table(max_tokens, str(device))
 
     def __len__(self) -> int:
         return self.config.num_layers
@@ -118,12 +124,14 @@ class DecoderLayers:
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """The parameters of a layer in fp32 on the device, named within it."""
-        return {
-            name: self.checkpoint.tensor(f"model.layers.{index}.{name}", shape=meta.shape)
-            .to(self.device)
-            .float()
-            for name, meta in self._meta_layer(index).named_parameters()
-        }
+        found = {}
+        for name, meta in self._meta_layer(index).named_parameters():
+            full = f"model.layers.{index}.{name}"
+            value = dense_weight(self.checkpoint, full)
+            if value is None:
+                value = self.checkpoint.tensor(full, shape=meta.shape)
+            found[name] = value.to(self.device).float()
+        return found
 
     def layer(self, index: int, parameters: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer to run, with these parameters. It shares nothing with another but the rotary table."""
@@ -133,7 +141,12 @@ class DecoderLayers:
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(parameters[name].to(self.dtype), requires_grad=False)
             setattr(layer.get_submodule(owner), leaf, value)
-        layer.self_attn.attention = BatchedAttention(layer.self_attn.attention, self.num_tokens)
+        layer.self_attn.attention = BatchedAttention(layer.self_attn.attention)
+        stored = self.checkpoint.quantized.linears if self.checkpoint.quantized is not None else {}
+        for linear in (linear for group in GROUPS for linear in group.linears):
+            scheme = stored[full].scheme if (full := f"model.layers.{index}.{linear}") in stored else None
+            if scheme is not None:
+                round_inputs(layer.get_submodule(linear), find_scheme(scheme))
         return layer.eval()
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -143,7 +156,7 @@ class DecoderLayers:
 
     def batches(self, hidden: Tensor) -> Iterator[Tensor]:
         """Views of whole texts, few enough to run together."""
-        yield from hidden.split(max(_TOKENS_AT_ONCE // self.num_tokens, 1))
+        yield from hidden.split(max(_TOKENS_AT_ONCE // hidden.shape[1], 1))
 
     @torch.inference_mode()
     def run(self, layer: DecoderLayer, hidden: Tensor, *, in_place: bool = False) -> Tensor:
@@ -155,15 +168,18 @@ class DecoderLayers:
 
     @torch.inference_mode()
     def forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
-        positions = torch.arange(self.num_tokens, device=self.device).repeat(hidden.shape[0])
+        layer.self_attn.attention.num_tokens = hidden.shape[1]
+        positions = torch.arange(hidden.shape[1], device=self.device).repeat(hidden.shape[0])
         flat: Tensor = layer(hidden.flatten(0, 1), positions)
         return flat.view_as(hidden)
 
     @torch.inference_mode()
-    def nats(self, hidden: Tensor, targets: Tensor, head: Tensor | None = None) -> float:
+    def nats(
+        self, hidden: Tensor, targets: Tensor, head: Tensor | None = None, head_scheme: Scheme | None = None
+    ) -> float:
         """Mean negative log likelihood of targets [num_seqs, num_tokens] after the last layer.
 
-        head: the vocabulary projection; None: the checkpoint's
+        head: the vocabulary projection, whose inputs are rounded as head_scheme says; None: the checkpoint's
         """
         norm = self._model.model.norm
         norm_weight = self.checkpoint.tensor("model.norm.weight").to(self.device)
@@ -174,6 +190,8 @@ class DecoderLayers:
         for part, ids in zip(flat.split(rows), wanted.split(rows), strict=True):
             x = part.float()
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm_weight.float()
+            if head_scheme is not None:
+                x = round_activation(x, head_scheme.activation, torch.float32)
             total += F.cross_entropy((x.to(self.dtype) @ head.T).float(), ids, reduction="sum").item()
         return total / len(flat)
 
@@ -197,3 +215,15 @@ def round_inputs(linear: nn.Module, scheme: Scheme) -> None:
         return (round_activation(args[0].float(), scheme.activation, torch.float32).to(args[0].dtype),)
 
     linear.register_forward_pre_hook(rounded)
+
+
+def device_for(name: str) -> torch.device:
+    """"auto" is CUDA where there is a GPU. Raises QuantizationError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise QuantizationError("the device is cuda, and torch finds no GPU; use cpu or auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise QuantizationError(f"device is {name!r}; it must be auto, cuda, cuda:<index> or cpu") from None

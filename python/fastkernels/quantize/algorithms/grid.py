@@ -6,6 +6,7 @@ to them. What differs between int4, int8, e4m3 and e2m1 is in this file alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,10 @@ _LARGEST_CODE = {"int8": 127.0, "int4": 7.5, "e4m3": LARGEST, "e2m1": 6.0}
 
 # Shares of the largest magnitude that a scale is tried for. e2m1 also tries 3/2, which maps the largest to 4
 # instead of 6: the gap below 6 is the widest.
-SHRINKS = tuple(1 - 0.025 * i for i in range(20))
+SHRINKS: tuple[float, ...] = tuple(1 - 0.025 * i for i in range(20))
 _E2M1_SHRINKS = (1.5, 1.4, 1.3, 1.2, 1.1, *SHRINKS[:14])
-_POWERS_OF_TWO = (2.0, 1.0, 0.5)
+_POWERS_OF_TWO: tuple[float, ...] = (2.0, 1.0, 0.5)
+_ENDS = (1.0, 0.93, 0.86, 0.78, 0.7)  # of both ends on their own, where there is a zero point
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def choose_grid(
         return _grid(scheme, in_size, low, high, shared)
     weighting = None if hessian is None else _diagonal_blocks(hessian, size)
     best_error = torch.empty(0)
-    for shrink in _shrinks(scheme):
-        grid = _grid(scheme, in_size, low * shrink, high * shrink, shared)
+    for below, above in _shrinks(scheme):
+        grid = _grid(scheme, in_size, low * below, high * above, shared)
         rounded = grid.round(weight)
         rounded = pad(rounded, (0, 0, 0, -len(weight) % rows)).unflatten(1, (-1, size)).unflatten(0, (-1, rows))
         difference = rounded - whole
@@ -137,10 +139,16 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     return matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(0, 0, 2).permute(2, 0, 1)
 
 
-def _shrinks(scheme: Scheme) -> Sequence[float]:
-    if "scales" in (parts := scheme.parts(128, 1280)) and parts["scales"].dtype == "uint8":
-        return _POWERS_OF_TWO
-    return _E2M1_SHRINKS if scheme.weight_type == "e2m1" else SHRINKS
+def _shrinks(scheme: Scheme) -> Sequence[tuple[float, float]]:
+    """Shares of the smallest and of the largest weight of a block that its scale is tried for."""
+    parts = scheme.parts(128, 1280)
+    if "zeros" in parts:
+        return list(itertools.product(_ENDS, _ENDS))
+    if parts["scales"].dtype == "uint8":
+        shares = _POWERS_OF_TWO
+    else:
+        shares = _E2M1_SHRINKS if scheme.weight_type == "e2m1" else SHRINKS
+    return [(share, share) for share in shares]
 
 
 def _merged(grid: Grid, other: Grid, where: Tensor) -> Grid:
