@@ -9,6 +9,7 @@ from fastkernels.checkpoint import CheckpointError
 from fastkernels.config import UnsupportedModelError
 from fastkernels.errors import ModelNotFoundError
 from fastkernels.inspect import app, find_config
+from tests.checkpoint.quantized_made import gptq, make
 
 WIDE = {"COLUMNS": "200"}
 
@@ -49,6 +50,17 @@ def test_a_pass_left_out():
 def test_quantised_weights():
     text = _inspect("demo", "--quantization", "int4", "--head-quantization", "int8")
     for words in ("scheme=int4", "scheme=int8", "gate_up_proj.weight.packed", "weights 6.41 MiB + arena"):
+        assert words in text
+
+
+def test_a_quantised_checkpoint(tmp_path):
+    folder, _, _ = make(
+        tmp_path,
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+        gptq(32, order="act"),
+    )
+    text = _inspect(str(folder))
+    for words in ("scheme=int4-g32-fp16", "gather_columns", "qkv_proj.weight.permutation"):
         assert words in text
 
 

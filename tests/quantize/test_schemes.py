@@ -119,7 +119,7 @@ def test_extreme_rows(name):
     scheme = find_scheme(name)
     result = scheme.dequantize(scheme.quantize(weight))
     assert torch.isfinite(result).all() and (result[0] == 0).all()
-    if name == "fp8-block":
+    if name.startswith("fp8-block"):
         return  # a block holds all five rows
     for row in (2, 3, 4) if name == "nvfp4" else (1, 2, 3, 4):
         error = (result[row].double() - weight[row].double()).norm() / weight[row].double().norm()

@@ -26,13 +26,13 @@ __all__ = ["SCHEMES", "PartSpec", "QuantizationError", "Repacked", "Scheme", "fi
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fp8": Fp8,
     "fp8-block": Fp8Block,
-    "fp8-weight": Fp8Weight,
-    "fp8-block-weight": Fp8BlockWeight,
     "int8": Int8,
     "int8-weight": Int8Weight,
     "int4": Int4,
     "nvfp4": Nvfp4,
     "mxfp4": Mxfp4,
+    "fp8-weight": Fp8Weight,
+    "fp8-block-weight": Fp8BlockWeight,
 }
 
 

@@ -28,7 +28,7 @@ class Repacked(Scheme):
         if self.scheme.activation is not None:
             raise QuantizationError(
                 f"{self.scheme.name} rounds activations, for which there is no GPU kernel yet; on CUDA there "
-                "are int8-weight, int4 and its endings, nvfp4 and mxfp4"
+                "are int8-weight, int4 and its endings, nvfp4, mxfp4, fp8-weight and fp8-block-weight"
             )
 
     @property

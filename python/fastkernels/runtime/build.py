@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,6 +125,17 @@ def stored_on(device: torch.device, checkpoint: Checkpoint | None) -> dict[str, 
     return {name: replace(linear, scheme=_scheme_on(device, schemes[name])) for name, linear in found.items()}
 
 
+def _warn_of_dense(name: str, stored: Mapping[str, StoredLinear], dtype: torch.dtype) -> None:
+    dense = [linear for linear in stored.values() if linear.scheme is None]
+    if dense:
+        kind, (rows, size) = dense[0].weight_type, dense[0].block
+        warnings.warn(
+            f"{name}: {len(dense)} of {len(stored)} quantised linears are held in {dtype}, since no kernel "
+            f"takes their format ({kind}, a scale for {rows} x {size})",
+            stacklevel=2,
+        )
+
+
 def _scheme_on(device: torch.device, name: str | None) -> str | None:
     """The GPU's kernels take weights in a layout of their own."""
     return name if name is None or device.type == "cpu" else name + SUFFIX
@@ -141,6 +153,7 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
             f"{source.name} is quantised already ({source.checkpoint.quantized.method}); leave out "
             f"quantization={options.quantization!r}"
         )
+    _warn_of_dense(source.name, stored, dtype)
     if (
         device.type == "cuda"
         and dtype == torch.float32

@@ -18,6 +18,7 @@ from fastkernels.checkpoint.quantized.stored import (
     FLOATS,
     Module,
     StoredLinear,
+    as_bytes,
     group_size_of,
     integer_of,
     integers,
@@ -25,7 +26,6 @@ from fastkernels.checkpoint.quantized.stored import (
 )
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_PLACE = [ORDER.index(column) for column in range(8)]  # of a column: its nibble
 
 
 def read_awq(config: Mapping[str, Any], modules: Iterable[Module]) -> list[StoredLinear]:
@@ -48,6 +48,8 @@ def quantised(module: Module) -> bool:
 
 def _stored(module: Module, group_size: int | None, has_zeros: bool) -> StoredLinear:
     groups, words = module.num_groups(group_size), -(-module.out_size // 8)
+    if module.in_size % 2:
+        raise module.fail(f"has rows of {module.in_size}; fastkernels reads AWQ of an even number")
     hint = ", eight outputs a word; is it another version than gemm?"
     module.require("qweight", [(module.in_size, words)], [torch.int32], hint)
     module.require("scales", [(groups, module.out_size)], FLOATS)
@@ -55,14 +57,26 @@ def _stored(module: Module, group_size: int | None, has_zeros: bool) -> StoredLi
         module.require("qzeros", [(groups, words)], [torch.int32])
 
     def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        zeros = _columns(module.read("qzeros", device), module.out_size) if has_zeros else None
-        codes = _columns(module.read("qweight", device), module.out_size)
-        return codes, module.read_scales("scales", device).t(), zeros
+        zeros = _zeros(module.read("qzeros", device), module.out_size) if has_zeros else None
+        packed = _packed(module.read("qweight", device), module.out_size)
+        return packed, module.read_scales("scales", device).t(), zeros
 
     scale_dtype = module.tensors.dtype(f"{module.name}.scales")
     return integers(module, 4, group_size, has_zeros, scale_dtype, None, load)
 
 
-def _columns(words: Tensor, out_size: int) -> Tensor:
-    """int32 [rows, out_size / 8] -> uint8 [out_size, rows]"""
-    return unpack_words(words, 4).unflatten(1, (-1, 8))[:, :, _PLACE].flatten(1)[:, :out_size].t()
+def _zeros(words: Tensor, out_size: int) -> Tensor:
+    """int32 [num_groups, out_size / 8] -> uint8 [out_size, num_groups]"""
+    place = [ORDER.index(output) for output in range(8)]
+    return unpack_words(words, 4).unflatten(1, (-1, 8))[:, :, place].flatten(1)[:, :out_size].t()
+
+
+def _packed(words: Tensor, out_size: int) -> Tensor:
+    """int32 [in_size, out_size / 8] -> uint8 [out_size, in_size / 2], two neighbours of a row a byte."""
+    pairs = as_bytes(words).unflatten(0, (-1, 2)).unflatten(2, (-1, 4))  # in_size / 2, 2, out_size / 8, 4
+    first, second = pairs[:, 0], pairs[:, 1]
+    halves = (first & 15 | second << 4, first >> 4 | second & 240)
+    packed = torch.empty(words.shape[1], 8, len(pairs), dtype=torch.uint8, device=words.device)
+    for nibble, output in enumerate(ORDER):
+        packed[:, output] = halves[nibble % 2][:, :, nibble // 2].t()
+    return packed.flatten(0, 1)[:out_size]

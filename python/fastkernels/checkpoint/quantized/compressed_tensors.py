@@ -24,6 +24,7 @@ from fastkernels.checkpoint.quantized.stored import (
     Module,
     Parts,
     StoredLinear,
+    as_bytes,
     blocks,
     e4m3,
     group_order,
@@ -39,7 +40,7 @@ _CLASS = "Linear"  # of every module there is
 
 
 def read_compressed_tensors(config: Mapping[str, Any], modules: Iterable[Module]) -> list[StoredLinear]:
-    """Those of ``modules`` that a group targets and ``ignore`` does not name."""
+    """Those of ``modules`` that a group targets, ``ignore`` does not name, and that are not plain."""
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not all(
         isinstance(group, Mapping) and isinstance(group.get("targets"), list) for group in groups.values()
@@ -52,7 +53,7 @@ def read_compressed_tensors(config: Mapping[str, Any], modules: Iterable[Module]
     ignore = config.get("ignore") or []
     found = []
     for module in modules:
-        if _rank(module.name, ignore) is not None:
+        if module.is_plain or _rank(module.name, ignore) is not None:
             continue
         ranked = [(_rank(module.name, group["targets"]), group) for group in groups.values()]
         ranked = [(rank, group) for rank, group in ranked if rank is not None]
@@ -154,8 +155,7 @@ def _integers(module: Module, weights: Mapping[str, Any], strategy: str, activat
     def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         half = 1 << (bits - 1)
         if is_packed:
-            codes = module.read("weight_packed", device).contiguous().view(torch.uint8)
-            codes = codes[:, : -(-module.in_size * bits // 8)]
+            codes = as_bytes(module.read("weight_packed", device))[:, : module.in_size * bits // 8]
         else:
             codes = (module.read("weight", device).short() + half).to(torch.uint8)
         zeros = None

@@ -52,9 +52,14 @@ class QuantizedWeights:
     linears: Mapping[str, StoredLinear]
 
     def holds(self, name: str) -> bool:
-        """Whether the tensor belongs to a quantised linear, or is a scale of the KV cache."""
+        """Whether a tensor that the model does not name belongs to a quantised linear, or is a scale of the
+        KV cache. Some tools write a bias of zeros where the model has none."""
         module, _, leaf = name.rpartition(".")
-        return (module in self.linears and leaf in _LEAVES) or is_kv_scale(name)
+        if module not in self.linears:
+            return is_kv_scale(name)
+        if leaf == "bias":
+            return not bool(self.linears[module].module.tensors.tensor(name).any())
+        return leaf in _LEAVES or is_kv_scale(name)
 
 
 def is_kv_scale(name: str) -> bool:

@@ -22,6 +22,7 @@ from fastkernels.checkpoint.quantized.stored import (
     FLOATS,
     Module,
     StoredLinear,
+    as_bytes,
     group_order,
     group_size_of,
     integer_of,
@@ -90,8 +91,7 @@ def _stored(module: Module, config: Mapping[str, Any], less_one: bool) -> Stored
                 f"has zero points other than {1 << (bits - 1)}, but is said to be symmetric; is its format "
                 f"another than {FORMATS[not less_one]!r}?"
             )
-        # [words, out_size] -> [out_size, in_size]
-        codes = unpack_words(module.read("qweight", device).t(), bits)
+        codes = as_bytes(module.read("qweight", device).t())  # of 4 bits two each, as the engine has them
         return codes, module.read_scales("scales", device).t(), None if symmetric else zeros
 
     scale_dtype = module.tensors.dtype(f"{module.name}.scales")

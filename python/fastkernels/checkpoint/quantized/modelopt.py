@@ -22,23 +22,26 @@ _ONE = ((), (1,))
 
 
 def read_modelopt(config: Mapping[str, Any], modules: Iterable[Module]) -> list[StoredLinear]:
-    """Those of ``modules`` that are not excluded by name. config: of either file, without what is around."""
+    """Those of ``modules`` that are neither excluded by name nor plain.
+
+    config: of either file, without what is around it
+    """
     excluded = [str(pattern) for key in ("exclude_modules", "ignore") for pattern in config.get(key) or []]
     found = []
     for module in modules:
-        if any(fnmatchcase(module.name, pattern) for pattern in excluded):
+        if module.is_plain or any(fnmatchcase(module.name, pattern) for pattern in excluded):
             continue
-        algorithm = _algorithm(config, module.name)
-        if algorithm is not None:
-            found.append(_stored(module, algorithm))
+        found.append(_stored(module, _algorithm(config, module)))
     return found
 
 
-def _algorithm(config: Mapping[str, Any], name: str) -> str | None:
+def _algorithm(config: Mapping[str, Any], module: Module) -> str:
     algorithm = config.get("quant_algo")
     if algorithm == "MIXED_PRECISION":
-        algorithm = ((config.get("quantized_layers") or {}).get(name) or {}).get("quant_algo")
-    return None if algorithm is None else str(algorithm).upper()
+        algorithm = ((config.get("quantized_layers") or {}).get(module.name) or {}).get("quant_algo")
+    if algorithm is None:
+        raise module.fail("is quantised, but no quant_algo says how")
+    return str(algorithm).upper()
 
 
 def _stored(module: Module, algorithm: str) -> StoredLinear:

@@ -49,6 +49,12 @@ class Module:
     def __contains__(self, leaf: str) -> bool:
         return f"{self.name}.{leaf}" in self.tensors
 
+    @property
+    def is_plain(self) -> bool:
+        """It has its weight as it is, whatever the configuration says of it."""
+        name = f"{self.name}.weight"
+        return name in self.tensors and self.tensors.dtype(name) in FLOATS and "weight_scale" not in self
+
     def fail(self, words: str) -> CheckpointError:
         return CheckpointError(f"{self.tensors.path}: {self.name} {words}")
 
@@ -290,11 +296,14 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
+def as_bytes(words: Tensor) -> Tensor:
+    """int32 [rows, n] -> uint8 [rows, 4 n]: the lowest first."""
+    return words.flatten().view(torch.uint8).view(len(words), -1)  # flat: strides of one row mean nothing
+
+
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, n] -> uint8 [rows, n * 32 / bits]: the lowest bits of a word first."""
-    # flat: the strides of one row or column mean nothing
-    as_bytes = words.flatten().view(torch.uint8).view(len(words), -1)  # little-endian, as the files are
-    return as_bytes if bits == 8 else unpack_nibbles(as_bytes)
+    return as_bytes(words) if bits == 8 else unpack_nibbles(as_bytes(words))
 
 
 def integer_of(config: Mapping[str, Any], key: str, what: str) -> int:

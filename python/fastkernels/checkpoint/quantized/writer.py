@@ -84,7 +84,7 @@ class QuantizedWriter:
         for module, scheme in self._schemes.items():
             if module not in self._shapes:
                 raise CheckpointError(
-                    f"{source_dir} has no linear {module!r}; it has {', '.join(self._shapes)}"
+                    f"{source_dir} has no linear {module!r}; the last it has is {list(self._shapes)[-1]!r}"
                 )
             encoding_of(scheme)
         self._added: dict[str, Tensor] = {}  # since the last flush, by the names they get
