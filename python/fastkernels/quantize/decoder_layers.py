@@ -136,7 +136,9 @@ class DecoderLayers:
     def layer(self, index: int, parameters: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer to run, with these parameters. It shares nothing with another but the rotary table."""
         meta = self._meta_layer(index)
-        layer = DecoderLayer(self.config, type(meta.self_attn)(self.config, index, self._model.model.rotary_emb))
+        layer = DecoderLayer(
+            self.config, type(meta.self_attn)(self.config, index, self._model.model.rotary_emb)
+        )
         for name in [name for name, _ in layer.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(parameters[name].to(self.dtype), requires_grad=False)
@@ -218,7 +220,7 @@ def round_inputs(linear: nn.Module, scheme: Scheme) -> None:
 
 
 def device_for(name: str) -> torch.device:
-    """"auto" is CUDA where there is a GPU. Raises QuantizationError for one that is not there."""
+    """ "auto" is CUDA where there is a GPU. Raises QuantizationError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

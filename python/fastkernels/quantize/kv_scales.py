@@ -29,7 +29,7 @@ class KVObserver(KVRounding):
         return x
 
     def scales(self, cache: str, estimator: Estimator = "mse") -> dict[str, Tensor]:
-        """"k" and "v" -> fp32 [1], what a code of 1 stands for."""
+        """ "k" and "v" -> fp32 [1], what a code of 1 stands for."""
         weight_type = KV_TYPES[cache]
         found = {}
         for which, pieces in self._seen.items():

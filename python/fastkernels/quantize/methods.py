@@ -1,10 +1,10 @@
 """What ``fastkernels quantize`` takes as a scheme: how weights are stored, and the algorithm that rounds them.
 
-    fp8  fp8-block  int8-weight       round to nearest, scales of least squared error
-    int8                              SmoothQuant
-    int4-awq  int4-gptq               groups with zero points
-    nvfp4  mxfp4                      round to nearest, scales of least error of the output
-    int4-nearest                      the base line of the two above: the largest magnitudes decide
+fp8  fp8-block  int8-weight       round to nearest, scales of least squared error
+int8                              SmoothQuant
+int4-awq  int4-gptq               groups with zero points
+nvfp4  mxfp4                      round to nearest, scales of least error of the output
+int4-nearest                      the base line of the two above: the largest magnitudes decide
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def assign_methods(
     for entry in keep:
         kept, colon, pattern = entry.partition(":")
         if not colon:
-            raise QuantizationError(f"--keep {entry} says no scheme; it must be SCHEME:PATTERN, fp8:*.down_proj say")
+            raise QuantizationError(
+                f"--keep {entry} says no scheme; it must be SCHEME:PATTERN, fp8:*.down_proj say"
+            )
         chosen |= dict.fromkeys(_matching(pattern, shapes, "--keep"), kept)
     for pattern in exclude:
         for name in _matching(pattern, {**shapes, "lm_head": (0, 0)}, "--exclude"):

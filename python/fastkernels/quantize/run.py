@@ -109,7 +109,9 @@ def quantize_checkpoint(
     report = progress or (lambda stage, done, total, error: None)
     checkpoint = Checkpoint(DEMO_FOLDER if model == "demo" else model)
     if checkpoint.quantized is not None:
-        raise QuantizationError(f"{model} is quantised already ({checkpoint.quantized.method}); give what it was made of")
+        raise QuantizationError(
+            f"{model} is quantised already ({checkpoint.quantized.method}); give what it was made of"
+        )
     if kv not in (None, *KV_CACHES):
         raise QuantizationError(f"kv is {kv!r}; it must be one of {', '.join(KV_CACHES)}")
     config = checkpoint.config
@@ -127,7 +129,9 @@ def quantize_checkpoint(
     needs_inputs = any(method.needs_inputs for method in methods.values()) or kv or target_bits
     calibrated: TextWindows | None = None
     if needs_inputs or calibration is not None:
-        calibrated = calibration_windows(tokenizer, calibration, samples=samples, sequence_length=sequence_length)
+        calibrated = calibration_windows(
+            tokenizer, calibration, samples=samples, sequence_length=sequence_length
+        )
         warnings += calibrated.warnings
     if layers.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(layers.device)
@@ -203,7 +207,11 @@ class _Run:
         parameters = layers.read_layer(index)
         original = layers.layer(index, parameters)
         note = self.writer.notes.get(str(index))
-        result = self._restored(prefix, parameters, own) if note else self._quantized(prefix, original, parameters, own)
+        result = (
+            self._restored(prefix, parameters, own)
+            if note
+            else self._quantized(prefix, original, parameters, own)
+        )
         layer = layers.layer(index, result.parameters)
         for linear, method in own.items():
             round_inputs(layer.get_submodule(linear), method.scheme)
@@ -297,12 +305,12 @@ class _Run:
     def _move(self, original: DecoderLayer, layer: DecoderLayer) -> float:
         """All streams through the layer; the error of the quantised one for the unquantised model's input."""
         layers = self.layers
-        difference = added = 0.0
-        for part in layers.batches(self.exact):
-            exact, rounded = layers.forward(original, part), layers.forward(layer, part)
-            difference += (rounded.float() - exact.float()).square().sum().item()
-            added += (exact.float() - part.float()).square().sum().item()
-            part.copy_(exact)
+        rounded = layers.run(layer, self.exact[:_FEW])
+        before = self.exact[:_FEW].clone()
+        layers.run(original, self.exact, in_place=True)
+        exact = self.exact[:_FEW].float()
+        difference = (rounded.float() - exact).square().sum().item()
+        added = (exact - before.float()).square().sum().item()
         layers.run(layer, self.rounded, in_place=True)
         if self.calibrated is not None:
             layers.run(layer, self.calibration, in_place=True)

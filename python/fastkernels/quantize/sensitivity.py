@@ -17,7 +17,11 @@ from fastkernels.quantize.scheme import QuantizationError
 
 
 def measure_sensitivity(
-    layers: DecoderLayers, index: int, parameters: Mapping[str, Tensor], hidden: Tensor, coarse: Mapping[str, Method]
+    layers: DecoderLayers,
+    index: int,
+    parameters: Mapping[str, Tensor],
+    hidden: Tensor,
+    coarse: Mapping[str, Method],
 ) -> dict[str, float]:
     """By group's first linear, full name: the mean square error of the layer's output relative to its mean square.
 

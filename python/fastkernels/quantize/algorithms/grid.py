@@ -62,7 +62,9 @@ class Grid:
         else:
             codes = nearest(units, kind, zero)
             packed = (
-                codes.to(torch.int8) if kind == "int8" else pack_nibbles(codes + (8 if zero is None else zero))
+                codes.to(torch.int8)
+                if kind == "int8"
+                else pack_nibbles(codes + (8 if zero is None else zero))
             )
         return {"packed": packed.contiguous(), **self.stored}
 
@@ -118,12 +120,15 @@ def choose_grid(
     for below, above in _shrinks(scheme):
         grid = _grid(scheme, in_size, low * below, high * above, shared)
         rounded = grid.round(weight)
-        rounded = pad(rounded, (0, 0, 0, -len(weight) % rows)).unflatten(1, (-1, size)).unflatten(0, (-1, rows))
+        rounded = (
+            pad(rounded, (0, 0, 0, -len(weight) % rows)).unflatten(1, (-1, size)).unflatten(0, (-1, rows))
+        )
         difference = rounded - whole
         if weighting is None:
             error = difference.square_().sum((1, 3))
         else:
-            error = (torch.einsum("rabi,bij->rabj", difference, weighting) * difference).sum((1, 3))
+            by_block = difference.flatten(0, 1).transpose(0, 1)  # [blocks, rows, size]
+            error = (by_block @ weighting * by_block).sum(2).T.unflatten(0, (-1, rows)).sum(1)
         if best is None:
             best, best_error = grid, error
             continue
@@ -136,7 +141,13 @@ def choose_grid(
 
 def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     """[n * size, n * size] -> [n, size, size]"""
-    return matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(0, 0, 2).permute(2, 0, 1)
+    return (
+        matrix.unflatten(0, (-1, size))
+        .unflatten(2, (-1, size))
+        .diagonal(0, 0, 2)
+        .permute(2, 0, 1)
+        .contiguous()
+    )
 
 
 def _shrinks(scheme: Scheme) -> Sequence[tuple[float, float]]:
@@ -172,7 +183,9 @@ def _grid(scheme: Scheme, in_size: int, low: Tensor, high: Tensor, largest: floa
         low, high = low.clamp(max=0), high.clamp(min=0)
         scales = usable(((high - low) / 15).to(specs["scales"].torch_dtype))
         zeros = (-low / scales.float()).round_().clamp_(0, 15)
-        return Grid(scheme, in_size, {"scales": scales, "zeros": zeros.to(torch.uint8)}, scales.float(), zeros)
+        return Grid(
+            scheme, in_size, {"scales": scales, "zeros": zeros.to(torch.uint8)}, scales.float(), zeros
+        )
     raw = magnitude / _LARGEST_CODE[scheme.weight_type]
     if specs["scales"].dtype == "uint8":
         # The smallest power of two that leaves the largest magnitude at most 7, which becomes 6.
