@@ -36,7 +36,8 @@ class Comparison:
     """A model against another, over every token of the text.
 
     perplexity_growth: as a share
-    kl_mean, kl_99_9:  KL divergence from the other's next-token distribution, in nats: mean, 99.9th percentile
+    kl_mean, kl_99_9:  KL divergence from the other's next-token distribution, in nats: mean, 99.9th
+                       percentile
     top1_agreement:    share of tokens whose likeliest successor is the same
     layer_errors:      of each layer's output for the other's hidden states, relative to what the layer adds
     exclude:           layers that stand out, as patterns for ``fastkernels quantize --exclude``
@@ -92,8 +93,8 @@ def evaluate_model(
             with LLM(against, device=device, dtype=dtype, max_num_seqs=1) as other:
                 if other.config.vocab_size != llm.config.vocab_size:
                     raise RequestError(
-                        f"{llm.name} has {llm.config.vocab_size} tokens and {other.name} {other.config.vocab_size}; "
-                        "only models of one vocabulary can be compared"
+                        f"{llm.name} has {llm.config.vocab_size} tokens and {other.name} "
+                        f"{other.config.vocab_size}; only models of one vocabulary can be compared"
                     )
                 nats, compared = _compare(llm, other, windows, report)
     comparison = None
@@ -113,7 +114,8 @@ def evaluate_model(
 def layer_errors(
     model: Path, against: Path, windows: TextWindows, report: Report | None = None
 ) -> tuple[float, ...]:
-    """Each layer of ``model`` on the hidden states of ``against``: its output's error over what the layer adds.
+    """Each layer of ``model`` on the hidden states of ``against``: its output's error over what the layer
+    adds.
 
     Empty for models whose layers are not alike. Runs the plain definition on the CPU, one layer in memory.
     """
@@ -217,7 +219,7 @@ def histogram(errors: Sequence[float]) -> str:
 def save_histogram(errors: Sequence[float], path: Path) -> None:
     """The same as a PNG. Raises RequestError without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise RequestError("a PNG needs matplotlib, which is not installed: pip install matplotlib") from None
     figure = Figure(figsize=(8, 4), layout="constrained")

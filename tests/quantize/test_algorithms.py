@@ -191,7 +191,8 @@ def test_gptq_of_columns_that_go_together_or_are_never_read(device):
     torch.testing.assert_close(nothing, grid.round(weight), rtol=0, atol=0)
 
 
-# --- scales that move between neighbours ----------------------------------------------------------------------
+# --- scales that move between neighbours
+# ----------------------------------------------------------------------
 
 
 def test_awq_finds_the_strength_of_a_plain_search(device):
@@ -217,7 +218,7 @@ def test_awq_finds_the_strength_of_a_plain_search(device):
         scheme,
     )
     assert error(strength) == pytest.approx(error(best), rel=1e-3)
-    assert 0 < strength and error(best) < 0.8 * error(0.0)
+    assert strength > 0 and error(best) < 0.8 * error(0.0)
     expected = magnitude**strength
     torch.testing.assert_close(scales.cpu(), expected / (expected.max() * expected.min()).sqrt())
 

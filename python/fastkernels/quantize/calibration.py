@@ -1,8 +1,9 @@
 """Calibration text: a person's own prompts as token ids, windows of one length.
 
-FILE.jsonl: a line a document, {"text": ...}, or a chat, {"messages": [{"role": ..., "content": ...}, ...]}, which
-goes through the checkpoint's chat template. FILE.txt: one document. Without a file: Python's own standard library
-as it is installed here, less the files that the demo model's held-out text is made of, with a warning.
+FILE.jsonl: a line a document, {"text": ...}, or a chat, {"messages": [{"role": ..., "content": ...}, ...]},
+which goes through the checkpoint's chat template. FILE.txt: one document. Without a file: Python's own
+standard library as it is installed here, less the files that the demo model's held-out text is made of, with
+a warning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from fastkernels.quantize.scheme import QuantizationError
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 FAR_APART = 2.0  # perplexities of calibration and evaluation text, one over the other, that are warned about
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "lib-dynload", "__pycache__"}
+
+
+Chat = list[Any]  # of messages
+Document = str | Chat
 
 
 class CalibrationError(QuantizationError):
@@ -72,10 +77,10 @@ def calibration_windows(
     if path is None:
         source = "Python's standard library"
         warnings.append(
-            "calibrating on Python's standard library, which is what the demo model writes and hardly what yours "
-            "is asked; give prompts of your own with --calibration FILE.jsonl"
+            "calibrating on Python's standard library, which is what the demo model writes and hardly what "
+            "yours is asked; give prompts of your own with --calibration FILE.jsonl"
         )
-        documents: Iterable[str | Sequence[Any]] = _library_files(seed)
+        documents: Iterable[Document] = _library_files(seed)
     else:
         source = str(path)
         documents = read_documents(path)
@@ -88,8 +93,8 @@ def calibration_windows(
     found = (len(stream) - 1) // sequence_length
     if found < 1:
         raise CalibrationError(
-            f"{source} holds {len(stream)} tokens, too few for one sample of {sequence_length}; give more text or a "
-            "smaller --sequence-length"
+            f"{source} holds {len(stream)} tokens, too few for one sample of {sequence_length}; give more "
+            "text or a smaller --sequence-length"
         )
     if found < samples:
         warnings.append(
@@ -106,7 +111,8 @@ def evaluation_windows(
     sequence_length: int = 1024,
     most: int | None = None,
 ) -> TextWindows:
-    """A text from its beginning, in windows one after the other; the demo model's held-out text without a file.
+    """A text from its beginning, in windows one after the other; the demo model's held-out text without a
+    file.
 
     A text shorter than a window becomes one window; most: windows at most. Raises CalibrationError.
     """
@@ -131,12 +137,12 @@ def perplexity_warning(calibration: float, evaluation: float) -> str | None:
     if ratio <= FAR_APART:
         return None
     return (
-        f"the calibration text's perplexity is {calibration:.4g} and the evaluation text's {evaluation:.4g}: they are "
-        "unlike each other, and a model quantised on the one may do worse on the other"
+        f"the calibration text's perplexity is {calibration:.4g} and the evaluation text's {evaluation:.4g}: "
+        "they are unlike each other, and a model quantised on the one may do worse on the other"
     )
 
 
-def read_documents(path: str | Path) -> list[str | Sequence[Any]]:
+def read_documents(path: str | Path) -> list[Document]:
     """Texts, and chats as lists of messages. Raises CalibrationError."""
     path = Path(path)
     try:
@@ -158,7 +164,7 @@ def read_documents(path: str | Path) -> list[str | Sequence[Any]]:
     ]
 
 
-def _document(where: str, line: str) -> str | Sequence[Any]:
+def _document(where: str, line: str) -> Document:
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -173,7 +179,7 @@ def _document(where: str, line: str) -> str | Sequence[Any]:
     raise CalibrationError(f'{where} is no document; it must be {{"text": ...}} or {{"messages": [...]}}')
 
 
-def _encode(tokenizer: Tokenizer, document: str | Sequence[Any], source: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, document: Document, source: str) -> list[int]:
     try:
         if isinstance(document, str):
             return tokenizer.encode(document)
@@ -195,10 +201,7 @@ def _library_files(seed: int) -> Iterator[str]:
             f"{folder} holds no Python files to calibrate on; give a text with --calibration"
         )
     for path in paths:
-        try:
-            yield (folder / path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
+        yield (folder / path).read_bytes().decode("utf-8", errors="replace")
 
 
 def _unseen(path: Path) -> bool:

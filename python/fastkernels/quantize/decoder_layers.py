@@ -1,7 +1,8 @@
 """A checkpoint's decoder one layer at a time: the plain definition over many texts of one length.
 
-What calibration, its algorithms and ``fastkernels evaluate`` run instead of an engine: the memory is that of one
-layer and of the hidden states, every linear's input can be seen, and any weight can be put in place of another.
+What calibration, its algorithms and ``fastkernels evaluate`` run instead of an engine: the memory is that of
+one layer and of the hidden states, every linear's input can be seen, and any weight can be put in place of
+another.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _LOGITS_AT_ONCE = 1 << 26
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears that read one value, which engines merge, and the module before them whose output it is: to scale
-    a column of theirs by s, that module's row is divided by s."""
+    """Linears that read one value, which engines merge, and the module before them whose output it is: to
+    scale a column of theirs by s, that module's row is divided by s."""
 
     linears: tuple[str, ...]
     before: str
@@ -47,19 +48,24 @@ GROUPS = (
 )
 
 
-class BatchedAttention(nn.Module):
+class BatchedAttention(Attention):
     """What ``Attention`` computes for one sequence, for many of one length, flat one after the other.
 
     num_tokens:  of a sequence; set before a forward
-    kv_rounding: called with "k" or "v" and [num_seqs, num_kv_heads, num_tokens, head_dim] before they are read,
-                 as a cache of fewer bits would give them back; None: as they are
+    kv_rounding: called with "k" or "v" and [num_seqs, num_kv_heads, num_tokens, head_dim] before they are
+                 read, as a cache of fewer bits would give them back; None: as they are
     """
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
+        super().__init__(
+            attention.layer_index,
+            attention.num_q_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
+            attention.scale,
+            attention.sliding_window,
+        )
         self.num_tokens = 1
-        self.scale = attention.scale
-        self.sliding_window = attention.sliding_window
         self.kv_rounding: KVRounding | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,10 +92,12 @@ class KVRounding:
 
 
 class DecoderLayers:
-    """The decoder of ``checkpoint`` for texts of at most ``max_tokens``, computing in ``dtype`` on ``device``.
+    """The decoder of ``checkpoint`` for texts of at most ``max_tokens``, computing in ``dtype`` on
+    ``device``.
 
     A checkpoint that is quantised is run as its engine runs it: the weights as they were rounded, activations
-    rounded where the scheme rounds them. Raises UnsupportedModelError or CheckpointError as reading the configuration does.
+    rounded where the scheme rounds them. Raises UnsupportedModelError or CheckpointError as reading the
+    configuration does.
     """
 
     def __init__(
@@ -170,7 +178,7 @@ class DecoderLayers:
 
     @torch.inference_mode()
     def forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
-        layer.self_attn.attention.num_tokens = hidden.shape[1]
+        attention_of(layer).num_tokens = hidden.shape[1]
         positions = torch.arange(hidden.shape[1], device=self.device).repeat(hidden.shape[0])
         flat: Tensor = layer(hidden.flatten(0, 1), positions)
         return flat.view_as(hidden)
@@ -206,6 +214,13 @@ class DecoderLayers:
         layer = self._model.model.layers[index]
         assert isinstance(layer, DecoderLayer)
         return layer
+
+
+def attention_of(layer: DecoderLayer) -> BatchedAttention:
+    """Of a layer that ``DecoderLayers.layer`` made."""
+    attention = layer.self_attn.attention
+    assert isinstance(attention, BatchedAttention)
+    return attention
 
 
 def round_inputs(linear: nn.Module, scheme: Scheme) -> None:

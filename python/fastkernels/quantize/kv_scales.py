@@ -1,4 +1,6 @@
-"""Scales of a KV cache of 8 bits: one for a layer's keys and one for its values, from what calibration saw."""
+"""Scales of a KV cache of 8 bits: one for a layer's keys and one for its values, from what calibration
+saw.
+"""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ def _column_scales(
 
 
 def _heads(group: LinearGroup, config: ModelConfig) -> tuple[int, int, int] | None:
-    """Key-value heads, query heads of each, and head_dim where every query head reads columns of its own while
-    v has fewer rows."""
+    """Key-value heads, query heads of each, and head_dim where every query head reads columns of its own
+    while v has fewer rows."""
     if group.before != "self_attn.v_proj":
         return None
     return config.num_kv_heads, config.num_q_heads // config.num_kv_heads, config.head_dim
@@ -114,8 +114,9 @@ def _fold(
     methods: Mapping[str, Method],
     config: ModelConfig,
 ) -> Tensor:
-    """Columns of the group times scales, rows of what is before it over them. Returns the scales as they became:
-    a norm is kept in the checkpoint's few digits, so the columns take what it really was divided by."""
+    """Columns of the group times scales, rows of what is before it over them. Returns the scales as they
+    became: a norm is kept in the checkpoint's few digits, so the columns take what it really was divided
+    by."""
     heads = _heads(group, config)
     parameters, name = result.parameters, f"{group.before}.weight"
     before = parameters[name]

@@ -1,4 +1,5 @@
-"""What ``fastkernels quantize`` takes as a scheme: how weights are stored, and the algorithm that rounds them.
+"""What ``fastkernels quantize`` takes as a scheme: how weights are stored, and the algorithm that rounds
+them.
 
 fp8  fp8-block  int8-weight       round to nearest, scales of least squared error
 int8                              SmoothQuant
@@ -18,7 +19,6 @@ from fastkernels.quantize import find_scheme
 from fastkernels.quantize.decoder_layers import GROUPS
 from fastkernels.quantize.int4 import Int4
 from fastkernels.quantize.scheme import QuantizationError, Scheme
-
 
 Algorithm = Literal["nearest", "largest", "smoothquant", "awq", "gptq"]
 Shape = tuple[int, int]
@@ -82,8 +82,8 @@ def method_for(name: str, module: str, shape: Shape, group_size: int = 128) -> M
         scheme.parts(*shape)
     except QuantizationError as error:
         raise QuantizationError(
-            f"{module} cannot be quantised: {error}; leave it out with --exclude, or give it a scheme of its own "
-            f"with --keep SCHEME:{module}"
+            f"{module} cannot be quantised: {error}; leave it out with --exclude, or give it a scheme of its "
+            f"own with --keep SCHEME:{module}"
         ) from None
     return Method(name, scheme, algorithm)
 
@@ -125,8 +125,8 @@ def assign_methods(
         if len(set(found.values())) > 1:
             words = ", ".join(f"{other.split('.')[1]} {one or 'as it is'}" for other, one in found.items())
             raise QuantizationError(
-                f"the linears of {prefix.rstrip('.')} that read one input must have one scheme, since engines merge "
-                f"them; these were asked for: {words}"
+                f"the linears of {prefix.rstrip('.')} that read one input must have one scheme, since "
+                f"engines merge them; these were asked for: {words}"
             )
     if not chosen:
         raise QuantizationError("nothing is left to quantise: --exclude names every linear")

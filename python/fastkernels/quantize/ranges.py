@@ -1,4 +1,5 @@
-"""From values seen to the range that codes are spread over: min-max, percentile, least squared error, entropy.
+"""From values seen to the range that codes are spread over: min-max, percentile, least squared error,
+entropy.
 
 Values come as rows, each of which gets a range: one row for a whole tensor, a row a channel, token or group.
 """

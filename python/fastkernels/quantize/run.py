@@ -25,7 +25,7 @@ from fastkernels.quantize.calibration import (
     evaluation_windows,
     perplexity_warning,
 )
-from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, device_for, round_inputs
+from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, attention_of, device_for, round_inputs
 from fastkernels.quantize.kv_scales import KVObserver, RoundedKV
 from fastkernels.quantize.layer import QuantizedLayer, quantize_layer
 from fastkernels.quantize.methods import (
@@ -44,7 +44,9 @@ _EVALUATION_TOKENS = 1 << 16
 _FEW = 8  # windows that are enough to compare two texts, to see keys and values, and to rank linears
 
 Progress = Callable[[str, int, int, float | None], None]
-"""Called with what is being done, how much of it is, how much there is, and the error of the layer just done."""
+"""Called with what is being done, how much of it is, how much there is, and the error of the layer just
+done.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def quantize_checkpoint(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Writes ``out``, a checkpoint in the compressed-tensors format, from the checkpoint ``model`` ("demo" is the
-    package's).
+    """Writes ``out``, a checkpoint in the compressed-tensors format, from the checkpoint ``model`` ("demo" is
+    the package's).
 
     scheme:      of ``quantize.methods.METHODS``
     kv:          "fp8" or "int8": scales for a KV cache of 8 bits beside it
@@ -101,9 +103,9 @@ def quantize_checkpoint(
     exclude, keep: see ``quantize.methods.assign_methods``
     target_bits: of a weight on average: linears that are worth it get int8-weight instead of the scheme
     text:        what perplexities are measured on; None: the demo model's held-out text
-    Interrupted, it leaves ``out``.partial behind, and called again with the same arguments goes on from there.
-    Raises QuantizationError, CheckpointError or ConfigError in one sentence, before anything is computed where
-    that can be.
+    Interrupted, it leaves ``out``.partial behind, and called again with the same arguments goes on from
+    there. Raises QuantizationError, CheckpointError or ConfigError in one sentence, before anything is
+    computed where that can be.
     """
     started = time.monotonic()
     report = progress or (lambda stage, done, total, error: None)
@@ -175,8 +177,8 @@ def quantize_checkpoint(
 
 
 class _Run:
-    """The hidden states of three streams before the next layer: of the evaluation text in the unquantised model
-    and in the quantised one, and of the calibration text in the quantised one."""
+    """The hidden states of three streams before the next layer: of the evaluation text in the unquantised
+    model and in the quantised one, and of the calibration text in the quantised one."""
 
     def __init__(
         self,
@@ -200,8 +202,8 @@ class _Run:
             self.compared = self.calibration[:_FEW].clone()  # in the unquantised model, to compare the texts
 
     def layer(self, index: int) -> float:
-        """Quantises a layer, or takes it from an interrupted run, and moves the streams behind it. Returns its
-        error."""
+        """Quantises a layer, or takes it from an interrupted run, and moves the streams behind it. Returns
+        its error."""
         layers, prefix = self.layers, f"model.layers.{index}."
         own = {name.removeprefix(prefix): m for name, m in self.methods.items() if name.startswith(prefix)}
         parameters = layers.read_layer(index)
@@ -288,7 +290,7 @@ class _Run:
 
     def _round_kv(self, prefix: str, layer: DecoderLayer, *, restored: bool) -> None:
         assert self.kv is not None
-        attention, device = layer.self_attn.attention, self.layers.device
+        attention, device = attention_of(layer), self.layers.device
         names = {which: f"{prefix}self_attn.{which}_scale" for which in ("k", "v")}
         if restored:
             scales = {which: self.writer.plain(name).to(device) for which, name in names.items()}

@@ -1,8 +1,9 @@
 """AWQ: scale up the columns that matter before rounding, scale their inputs down, and clip what is left.
 
-Columns times s, inputs over s: the product is the same, but a column with a larger s is rounded more finely beside
-its group's others. s = mean|x|^strength, the strength searched; then for every group of every row the share of
-its largest magnitude at which clipping costs least. Errors are those of the linear's output, by the mean of x x^T.
+Columns times s, inputs over s: the product is the same, but a column with a larger s is rounded more finely
+beside its group's others. s = mean|x|^strength, the strength searched; then for every group of every row the
+share of its largest magnitude at which clipping costs least. Errors are those of the linear's output, by the
+mean of x x^T.
 Source: Lin, Tang, Tang, Yang, Dang and Han 2023, AWQ, section 3.
 """
 
@@ -26,7 +27,8 @@ def awq_scales(
     scheme: Scheme,
     tie: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> tuple[Tensor, float]:
-    """What the columns of ``weights``, which read one input, are multiplied by: fp32 [in_size], and the strength.
+    """What the columns of ``weights``, which read one input, are multiplied by: fp32 [in_size], and the
+    strength.
 
     tie: makes the scales of columns equal that must be
     """
@@ -45,5 +47,7 @@ def awq_scales(
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
-    """The mean square of what an error of the weight, [out_size, in_size], does to the output, summed over it."""
+    """The mean square of what an error of the weight, [out_size, in_size], does to the output, summed over
+    it.
+    """
     return ((difference @ hessian) * difference).sum().item()

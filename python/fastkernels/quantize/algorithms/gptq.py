@@ -1,9 +1,10 @@
 """GPTQ: round a column, and let the columns that are not rounded yet make up for its error.
 
-With H the mean of x x^T, the error of a row is (w - q) H (w - q)^T. Rounding column i to q_i and moving the columns
-behind it by -(w_i - q_i) / U_ii * U_i,: keeps it least, where U is the upper Cholesky factor of H^-1. Columns go in
-order of falling H_ii (activation order), with the scales chosen before, so that groups stay where they are and no
-index has to be stored; they go in blocks, and what a block owes the columns behind it is one product.
+With H the mean of x x^T, the error of a row is (w - q) H (w - q)^T. Rounding column i to q_i and moving the
+columns behind it by -(w_i - q_i) / U_ii * U_i,: keeps it least, where U is the upper Cholesky factor of H^-1.
+Columns go in order of falling H_ii (activation order), with the scales chosen before, so that groups stay
+where they are and no index has to be stored; they go in blocks, and what a block owes the columns behind it
+is one product.
 Source: Frantar, Ashkboos, Hoefler and Alistarh 2022, GPTQ, sections 3 and 4.
 """
 
@@ -29,7 +30,8 @@ def gptq(
 ) -> Tensor:
     """weight fp32 [out_size, in_size] -> fp32 of the same shape, on the grid.
 
-    hessian: fp32 [in_size, in_size]; columns that were never read, whose diagonal is 0, are rounded as they are
+    hessian: fp32 [in_size, in_size]; columns that were never read, whose diagonal is 0, are rounded as they
+             are
     damping: of the diagonal's mean, added to it; more where it is still not positive definite
     """
     in_size = weight.shape[1]

@@ -1,7 +1,7 @@
 """The values that a weight may take once its scales are chosen, and the choice of scales by squared error.
 
-Every algorithm works on the same two things: ``choose_grid`` picks the scales, ``Grid.round`` rounds any columns
-to them. What differs between int4, int8, e4m3 and e2m1 is in this file alone.
+Every algorithm works on the same two things: ``choose_grid`` picks the scales, ``Grid.round`` rounds any
+columns to them. What differs between int4, int8, e4m3 and e2m1 is in this file alone.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Grid:
     zero: Tensor | None = None
 
     def round(self, weight: Tensor, columns: Tensor | None = None) -> Tensor:
-        """weight fp32 [out_size, in_size], or [out_size, len(columns)] where it is these columns -> the nearest
-        values of the grid, fp32."""
+        """weight fp32 [out_size, in_size], or [out_size, len(columns)] where it is these columns -> the
+        nearest values of the grid, fp32."""
         step = self._spread(self.step, weight, columns)
         zero = None if self.zero is None else self._spread(self.zero, weight, columns)
         return nearest(weight / step, self.scheme.weight_type, zero) * step
@@ -101,8 +101,8 @@ def choose_grid(
 ) -> Grid:
     """Scales for weight fp32 [out_size, in_size].
 
-    hessian:    [in_size, in_size], the mean of x x^T over the inputs: a block's error is then that of the output,
-                as if no other block had one; None: the squared error of the weights
+    hessian:    [in_size, in_size], the mean of x x^T over the inputs: a block's error is then that of the
+                output, as if no other block had one; None: the squared error of the weights
     search:     take the scale of least error for every block; otherwise that of the largest magnitude
     largest:    of all weights that share the scheme's scale for all (nvfp4's); None: this weight's
     """

@@ -1,8 +1,8 @@
 """Round to nearest: the base line, with scales from the largest magnitudes or, searched, of the least error.
 
-A scale below the one that the largest weight asks for clips that weight and rounds all others more finely; which
-is better depends on the block, so every block is tried with a few. What a squared error weighs is the mean square
-of the column's input where calibration gave it.
+A scale below the one that the largest weight asks for clips that weight and rounds all others more finely;
+which is better depends on the block, so every block is tried with a few. What a squared error weighs is the
+mean square of the column's input where calibration gave it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SmoothQuant: move what is hard to round from the activations into the weights.
 
-Activations have columns many times larger than the others, and a token shares one scale. Inputs over s, columns
-of the weight times s, with s = max|x|^strength / max|w|^(1 - strength): the product is the same, and both sides are
-easier to round. The strength is searched, by the error of the output with both sides rounded.
+Activations have columns many times larger than the others, and a token shares one scale. Inputs over s,
+columns of the weight times s, with s = max|x|^strength / max|w|^(1 - strength): the product is the same, and
+both sides are easier to round. The strength is searched, by the error of the output with both sides rounded.
 Source: Xiao, Lin, Seznec, Wu, Demouth and Han 2022, SmoothQuant, section 4.
 """
 
@@ -27,8 +27,8 @@ def smooth_scales(
     scheme: Scheme,
     tie: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> tuple[Tensor, float]:
-    """What the columns of ``weights``, which read one input, are multiplied by: fp32 [in_size], and the strength,
-    0 where it is best to leave them alone.
+    """What the columns of ``weights``, which read one input, are multiplied by: fp32 [in_size], and the
+    strength, 0 where it is best to leave them alone.
 
     largest: [in_size], of the input's magnitudes; sample: some inputs, [rows, in_size]
     tie:     makes the scales of columns equal that must be
