@@ -64,7 +64,7 @@ def test_chats_go_through_the_template(tmp_path):
     chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join([json.dumps({"messages": chat})] * 20))
-    with pytest.raises(CalibrationError, match="cannot be encoded: .* has no chat template"):
+    with pytest.raises(CalibrationError, match=r"cannot be encoded: .* has no chat template"):
         calibration_windows(Tokenizer(tmp_path), path, samples=1, sequence_length=8)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     tokenizer = Tokenizer(tmp_path)

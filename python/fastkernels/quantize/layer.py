@@ -69,9 +69,11 @@ def quantize_layer(
 
 
 def _round(method: Method, weight: Tensor, hessian: Tensor | None, largest: float) -> tuple[Grid, Tensor]:
-    if method.algorithm == "gptq":
+    if method.algorithm in ("awq", "gptq"):
         assert hessian is not None
-        grid, _ = round_to_nearest(method.scheme, weight, largest=largest)
+        # AWQ's clips are of least error of the output; GPTQ leaves that error to the columns that follow.
+        clip_by = hessian if method.algorithm == "awq" else None
+        grid, _ = round_to_nearest(method.scheme, weight, clip_by, largest=largest)
         return grid, gptq(weight, hessian, grid)
     search = method.algorithm != "largest"
     return round_to_nearest(method.scheme, weight, hessian, search=search, largest=largest)
