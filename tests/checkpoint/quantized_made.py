@@ -156,17 +156,19 @@ def gptq(group_size: int, *, bits: int = 4, sym: bool = True, v2: bool = False, 
         codes = torch.randint(0, top, (out_size, in_size), generator=generator)
         zeros = torch.full((groups, out_size), top // 2)
         if not sym:
-            zeros = torch.randint(1, top, (groups, out_size), generator=generator)
+            zeros = torch.randint(0, top, (groups, out_size), generator=generator)
         scales = random_scales((groups, out_size), in_size**-0.5 / (0.4 * top), generator).half()
         group_of = [i // size for i in range(in_size)]
         if order in ("act", "own"):
             seed = sum(map(ord, name)) if order == "own" else in_size
             shuffle = torch.randperm(in_size, generator=torch.Generator().manual_seed(seed)).tolist()
             group_of = [group_of[i] for i in shuffle]
-        stored = zeros if v2 else zeros - 1
+        qzeros = words(zeros.tolist(), bits)
+        if not v2:  # GPTQModel takes one off every zero point of a word at once: one of 0 borrows
+            qzeros -= 0x11111111 if bits == 4 else 0x01010101
         leaves = {
             "qweight": words(codes.tolist(), bits).t(),
-            "qzeros": words(stored.tolist(), bits),
+            "qzeros": qzeros,
             "scales": scales,
         }
         if order != "none":

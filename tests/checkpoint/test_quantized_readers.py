@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from fastkernels import LLM
 from fastkernels.checkpoint import Checkpoint, CheckpointError, load_weights, write_checkpoint
+from fastkernels.checkpoint.quantized.awq import read_awq
+from fastkernels.checkpoint.quantized.gptq import read_gptq
+from fastkernels.checkpoint.quantized.stored import Module
 from fastkernels.compiler import compile_model
 from fastkernels.config import ConfigError
 from fastkernels.models import build
@@ -209,6 +213,47 @@ def test_without_the_pass_the_weights_are_dequantised(tmp_path: Path) -> None:
     torch.testing.assert_close(
         logits_of(folder, disabled_passes=("quantize",)), logits_of(plain), rtol=0, atol=1e-5
     )
+
+
+@dataclass
+class Leaves:
+    """Of one module, "m", as a checkpoint gives them."""
+
+    leaves: dict[str, torch.Tensor]
+    path: Path = Path("made")
+
+    def __contains__(self, name: object) -> bool:
+        return name in {f"m.{leaf}" for leaf in self.leaves}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.leaves[name.removeprefix("m.")]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensor(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensor(name).dtype
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_size", "scheme"),
+    [(256, 512, "int4-zeros-fp16"), (192, 384, "int4-g64-zeros-fp16"), (96, 192, "int4-g32-zeros-fp16")],
+)
+def test_large_groups_are_several_of_the_engines(group_size: int, in_size: int, scheme: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for method, read, config, pack in (
+        ("AWQ", read_awq, AWQ, made.awq(group_size)),
+        ("GPTQ", read_gptq, {**GPTQ, "sym": False}, made.gptq(group_size, sym=False, order="own")),
+    ):
+        one = pack("m", 24, in_size, generator)
+        module = Module(Leaves(one.leaves), "m", 24, in_size, method)
+        (linear,) = read({**config, "group_size": group_size}, [module])
+        assert linear.scheme == scheme
+        torch.testing.assert_close(linear.dense(dtype=torch.float64), one.weight, rtol=1e-6, atol=0)
+        specs = find_scheme(scheme).parts(24, in_size)
+        assert {name: (tuple(part.shape), part.dtype) for name, part in linear.read().items()} == {
+            name: (spec.shape, spec.torch_dtype) for name, spec in specs.items()
+        }
 
 
 def test_biases_of_zeros_are_no_matter(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """--target-bits: which linears are worth more bits, by what coarse ones cost the hidden states.
 
-Every group of linears that read one input is rounded alone, and the error of its layer's output is set
-against the hidden states' own size. Then the groups with the most error a bit become fine until the bits are
-spent.
+Every group of linears that read one input is rounded alone, and the error of its layer's output measured. Then
+the groups with the most error a bit become fine until the bits are spent.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ def measure_sensitivity(
     hidden: Tensor,
     coarse: Mapping[str, Method],
 ) -> dict[str, float]:
-    """By group's first linear, full name: the mean square error of the layer's output relative to its mean
-    square.
+    """By group's first linear, full name: the mean square error of the layer's output, which the layers behind
+    add to and the last norm divides by the same for all.
 
     hidden: what the layer reads; coarse: methods by full name
     """
     exact = layers.run(layers.layer(index, parameters), hidden)
-    size = exact.float().square().mean().item()
     found = {}
     for group in GROUPS:
         prefix = f"model.layers.{index}."
@@ -44,7 +42,7 @@ def measure_sensitivity(
         for linear in group.linears:
             round_inputs(layer.get_submodule(linear), method.scheme)
         difference = layers.run(layer, hidden).float() - exact.float()
-        found[prefix + group.name] = difference.square().mean().item() / size
+        found[prefix + group.name] = difference.square().mean().item()
     return found
 
 
