@@ -9,39 +9,30 @@ from torch import Tensor
 
 from fastkernels.quantize.algorithms.grid import nearest
 from fastkernels.quantize.decoder_layers import KVRounding
-from fastkernels.quantize.ranges import Estimator, estimate_range, scale_of
+from fastkernels.quantize.ranges import estimate_range, scale_of
 
 KV_TYPES = {"fp8": "e4m3", "int8": "int8"}
-# e4m3 is as fine for a wide range as for a narrow one, and the keys it would clip decide attention;
-# int8 is not.
-ESTIMATOR: dict[str, Estimator] = {"fp8": "min-max", "int8": "mse"}
-_VALUES_KEPT = 1 << 18  # of each, spread over the text
+# What is kept free above the largest value seen: keys that are clipped are those that decide attention, and
+# other texts have larger ones. e4m3 is as fine for a wide range as for a narrow one.
+HEADROOM = {"fp8": 2.0, "int8": 1.25}
 
 
 class KVObserver(KVRounding):
-    """Keeps some of the keys (after the rotation) and values that pass, and the largest."""
+    """Keeps the largest key (after the rotation) and value that pass."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, list[Tensor]] = {"k": [], "v": []}
         self._largest: dict[str, Tensor] = {}
 
     def __call__(self, which: str, x: Tensor) -> Tensor:
-        flat = x.float().flatten()
-        every = max(len(flat) // (_VALUES_KEPT // 8), 1)
-        self._seen[which].append(flat[::every].clone())
-        most = flat.abs().amax()
-        self._largest[which] = torch.maximum(self._largest.get(which, most), most)
+        _, high = estimate_range(x.flatten()[None])
+        self._largest[which] = torch.maximum(self._largest.get(which, high), high)
         return x
 
-    def scales(self, cache: str, estimator: Estimator = "mse") -> dict[str, Tensor]:
+    def scales(self, cache: str) -> dict[str, Tensor]:
         """ "k" and "v" -> fp32 [1], what a code of 1 stands for."""
-        weight_type = KV_TYPES[cache]
-        found = {}
-        for which, pieces in self._seen.items():
-            values = torch.cat([*pieces, self._largest[which].view(1)])[None]
-            _, high = estimate_range(values, estimator, weight_type=weight_type)
-            found[which] = scale_of(high, weight_type)
-        return found
+        return {
+            which: scale_of(high * HEADROOM[cache], KV_TYPES[cache]) for which, high in self._largest.items()
+        }
 
 
 class RoundedKV(KVRounding):

@@ -1,7 +1,7 @@
 """--target-bits: which linears are worth more bits, by what coarse ones cost the hidden states.
 
-Every group of linears that read one input is rounded alone, and the error of its layer's output measured. Then
-the groups with the most error a bit become fine until the bits are spent.
+Every group of linears that read one input is rounded alone, and the error of its layer's output measured.
+Then the groups with the most error a bit become fine until the bits are spent.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def measure_sensitivity(
     hidden: Tensor,
     coarse: Mapping[str, Method],
 ) -> dict[str, float]:
-    """By group's first linear, full name: the mean square error of the layer's output, which the layers behind
-    add to and the last norm divides by the same for all.
+    """By group's first linear, full name: the mean square error of the layer's output, which the layers
+    behind add to and the last norm divides by the same for all.
 
     hidden: what the layer reads; coarse: methods by full name
     """
