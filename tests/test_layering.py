@@ -12,7 +12,7 @@ CSRC = ROOT / "csrc"
 
 # Top to bottom; a module may import its own layer and those below. "" is fastkernels/__init__.py.
 PYTHON_LAYERS = (
-    ("", "cli", "generate", "inspect", "serving", "integrations", "progress", "tune"),
+    ("", "cli", "generate", "inspect", "evaluate", "serving", "integrations", "tune"),
     ("llm",),
     ("runtime",),
     ("speculative", "guided"),
@@ -20,6 +20,7 @@ PYTHON_LAYERS = (
     ("quantize", "lora", "distributed"),
     ("models", "checkpoint"),
     ("ops",),
+    ("progress",),
     ("config",),
     ("errors", "_library", "_C"),
 )

@@ -11,6 +11,7 @@ from fastkernels.config import SamplingParams
 
 if TYPE_CHECKING:
     from fastkernels.llm import LLM, RequestOutput, TextPiece
+    from fastkernels.quantize.run import quantize_checkpoint
 
 __version__: str = _C.version
 
@@ -22,16 +23,20 @@ __all__ = [
     "__version__",
     "errors",
     "ops",
+    "quantize_checkpoint",
     "register_with_transformers",
 ]
 
-_IN_LLM = ("LLM", "RequestOutput", "TextPiece")
+_LAZY = {
+    **dict.fromkeys(("LLM", "RequestOutput", "TextPiece"), "fastkernels.llm"),
+    "quantize_checkpoint": "fastkernels.quantize.run",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The engine is imported when it is first asked for, so that the ops alone stay light."""
-    if name in _IN_LLM:
-        return getattr(importlib.import_module("fastkernels.llm"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastkernels' has no attribute {name!r}")
 
 

@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+from fastkernels.evaluate import evaluate
 from fastkernels.generate import EPILOG, generate
 from fastkernels.inspect import inspect
+from fastkernels.quantize.command import EPILOG as QUANTIZE_EPILOG
+from fastkernels.quantize.command import quantize
 from fastkernels.tune import tune
 
 app = typer.Typer(
@@ -21,6 +24,10 @@ app = typer.Typer(
     fastkernels generate --help          models, sampling, JSON output
     fastkernels inspect demo             what a model is compiled to
     fastkernels tune llama-3.1-8b        the fastest matrix products on this GPU, for engines to come
+    fastkernels quantize MODEL OUT --scheme fp8
+                                         a checkpoint in fewer bits
+    fastkernels evaluate OUT --against MODEL
+                                         what that cost
     fastkernels --install-completion     completion for your shell
     """,
 )
@@ -46,6 +53,8 @@ def _root(
 app.command(name="generate", epilog=EPILOG)(generate)
 app.command(name="inspect")(inspect)
 app.command(name="tune")(tune)
+app.command(name="quantize", epilog=QUANTIZE_EPILOG)(quantize)
+app.command(name="evaluate")(evaluate)
 
 
 def main() -> None:
