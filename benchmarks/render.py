@@ -1,6 +1,7 @@
 """A report as a table: in the terminal, and in docs/performance.md from the reports that are kept.
 
-Reports are kept as results/<machine>/<family>.json: ops.json and engine.json of a GPU, cpu.json of the CPU.
+Reports are kept as results/<machine>/<family>.json: engine.json, attention.json and ops.json, which has the other ops, of a
+GPU, cpu.json of the CPU.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def _provenance(report: Report) -> list[str]:
 
 
 def kept_reports(folder: Path = RESULTS) -> list[Report]:
-    """GPUs first, then CPUs, each by name; ops before engine, as the files are named by family."""
-    order = {"ops": 0, "engine": 1}
+    """GPUs first, then CPUs, each by name; engine, attention, the other ops, as the files are named."""
+    order = {"engine": 0, "attention": 1}
     paths = sorted(
         folder.glob("*/*.json"), key=lambda path: (path.parent.name, order.get(path.stem, 2), path.stem)
     )
