@@ -1,0 +1,1 @@
+"""What chooses the codes and scales of a weight: rounding to nearest, SmoothQuant, AWQ, GPTQ."""
