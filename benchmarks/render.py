@@ -1,7 +1,7 @@
 """A report as a table: in the terminal, and in docs/performance.md from the reports that are kept.
 
-Reports are kept as results/<machine>/<family>.json: engine.json, attention.json and ops.json, which has the other ops, of a
-GPU, cpu.json of the CPU.
+Reports are kept as results/<machine>/<family>.json: engine.json, attention.json and ops.json, which has the
+other ops, of a GPU, cpu.json of the CPU.
 """
 
 from __future__ import annotations
