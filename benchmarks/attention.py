@@ -114,6 +114,8 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
         return contiguous[1:2], [paged[1], mixed], [decode(1, 1024), decode(32, 1024)]
     decodes = [(1, 128), (1, 1024), (1, 8192), (1, 131072), (8, 1024), (8, 8192), (32, 1024), (32, 4096)]
     decodes += [(64, 2048), (128, 1024), (256, 512)]
+    in_bytes = [(1, 8192), (32, 1024), (32, 4096), (64, 2048), (128, 1024), (256, 512), (1, 131072)]
+    in_bytes += [(32, 8192), (64, 4096), (128, 2048), (256, 1024), (1, 262144)]  # 0.5 GB
     others = [
         decode(32, 4096, ", 64 q heads", num_q_heads=64),
         decode(64, 4096, ", head 64", head_dim=64),
@@ -121,15 +123,7 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
         decode(256, 4096, ", 1 KV head", num_kv_heads=1),
         Batch("1 x 64k, 63 x 1k", ((1, 65536), *((1, 1024),) * 63)),
         *(Batch(f"32 x 4k, {n} drafts", ((n, 4096),) * 32) for n in (4, 8, 16)),
-        *(
-            decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn)
-            for n, k in [(1, 8192), (32, 1024), (32, 4096), (64, 2048), (128, 1024), (256, 512), (1, 131072)]
-        ),
-        *(
-            decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn)
-            for n, k in [(32, 8192), (64, 4096), (128, 2048), (256, 1024)]
-        ),
-        decode(1, 262144, ", e4m3", kv_dtype=torch.float8_e4m3fn),
+        *(decode(n, k, ", e4m3", kv_dtype=torch.float8_e4m3fn) for n, k in in_bytes),
         decode(64, 4096, ", e5m2", kv_dtype=torch.float8_e5m2),
         decode(64, 4096, ", int8", kv_dtype=torch.int8),
     ]

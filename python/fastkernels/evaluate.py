@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkernels.checkpoint import Checkpoint
+from fastkernels.checkpoint import Checkpoint, model_folder
 from fastkernels.errors import RequestError
 from fastkernels.llm import LLM
-from fastkernels.progress import failing_clearly
+from fastkernels.progress import failing_clearly, loading_progress
 from fastkernels.quantize.calibration import TextWindows, evaluation_windows
 from fastkernels.quantize.decoder_layers import DecoderLayers
-from fastkernels.runtime.build import DEMO_FOLDER
+from fastkernels.runtime.build import Progress
 
 WINDOW_TOKENS = 1024
 _LAYER_WINDOWS = 4  # that the layers are compared on
 _STANDS_OUT = 1.5  # times the median error: a layer to leave out
 _TOLERABLE = 0.01  # growth of the perplexity that nobody needs to do anything about
 _BAR_WIDTH = 40
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def evaluate_model(
     device: str = "auto",
     dtype: str = "auto",
     most_windows: int | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of ``model`` on a text, in its engine, and its distance from ``against``.
 
@@ -99,7 +97,7 @@ def evaluate_model(
                 nats, compared = _compare(llm, other, windows, report)
     comparison = None
     if against is not None:
-        errors = layer_errors(_folder(model), _folder(against), windows, report)
+        errors = layer_errors(model_folder(model), model_folder(against), windows, report)
         comparison = _comparison(str(against), nats, *compared, errors)
     return Evaluation(
         model=str(model),
@@ -112,7 +110,7 @@ def evaluate_model(
 
 
 def layer_errors(
-    model: Path, against: Path, windows: TextWindows, report: Report | None = None
+    model: Path, against: Path, windows: TextWindows, report: Progress | None = None
 ) -> tuple[float, ...]:
     """Each layer of ``model`` on the hidden states of ``against``: its output's error over what the layer
     adds.
@@ -138,11 +136,7 @@ def layer_errors(
     return tuple(errors)
 
 
-def _folder(model: str | Path) -> Path:
-    return DEMO_FOLDER if model == "demo" else Path(model)
-
-
-def _nats(llm: LLM, windows: TextWindows, report: Report) -> float:
+def _nats(llm: LLM, windows: TextWindows, report: Progress) -> float:
     total = 0.0
     for done, row in enumerate(windows.token_ids, start=1):
         total += F.cross_entropy(llm.logits(row[:-1].tolist()), row[1:], reduction="sum").item()
@@ -151,7 +145,7 @@ def _nats(llm: LLM, windows: TextWindows, report: Report) -> float:
 
 
 def _compare(
-    llm: LLM, other: LLM, windows: TextWindows, report: Report
+    llm: LLM, other: LLM, windows: TextWindows, report: Progress
 ) -> tuple[float, tuple[float, Tensor, float]]:
     """Mean nats of the first, then of the other, the divergence at every token, and the top-1 agreement."""
     totals, divergences, agreeing = [0.0, 0.0], [], 0
@@ -249,9 +243,9 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model on a text, and how far it is from the one it was made from."""
-    from fastkernels.progress import loading_progress
-
     with failing_clearly():
+        if png is not None and against is None:
+            raise RequestError("--png shows layers beside another model's; name it with --against")
         with loading_progress() as progress:
             found = evaluate_model(
                 model,
@@ -265,14 +259,9 @@ def evaluate(
         if png is not None and found.comparison is not None:
             save_histogram(found.comparison.layer_errors, png)
         if json_output:
-            print(json.dumps(as_dict(found)))
+            print(json.dumps(asdict(found)))
         else:
             print(describe(found))
-
-
-def as_dict(found: Evaluation) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(found)
 
 
 def describe(found: Evaluation) -> str:

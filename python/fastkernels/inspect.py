@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from itertools import groupby
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkernels import _C
-from fastkernels.checkpoint import Checkpoint
+from fastkernels.checkpoint import Checkpoint, model_folder
 from fastkernels.checkpoint.json_file import read_json_object
 from fastkernels.checkpoint.quantized import QuantizedWeights, quantization_config
 from fastkernels.compiler import PASSES, Ledger, Plan, Step, compile_model, format_bytes
@@ -23,7 +22,6 @@ from fastkernels.errors import ModelNotFoundError
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops.gemm import matmul_workspace_bytes
 from fastkernels.progress import failing_clearly
-from fastkernels.runtime.build import DEMO_FOLDER
 from fastkernels.runtime.step import StepBuffers
 
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -97,7 +95,7 @@ def find_config(model: str) -> ModelConfig:
 
     Raises ModelNotFoundError when it is none of them, CheckpointError or ConfigError for a bad config.json.
     """
-    folder = DEMO_FOLDER if model == "demo" else Path(model)
+    folder = model_folder(model)
     if model in PRESETS and not folder.exists():
         return PRESETS[model]
     if not folder.is_dir():
@@ -110,7 +108,7 @@ def find_config(model: str) -> ModelConfig:
 def find_quantized(model: str) -> QuantizedWeights | None:
     """Those weights of a checkpoint folder that are, by the headers of its files, which are read only where
     there are any."""
-    folder = DEMO_FOLDER if model == "demo" else Path(model)
+    folder = model_folder(model)
     if not folder.is_dir() or quantization_config(folder, read_json_object(folder / "config.json")) is None:
         return None
     return Checkpoint(folder).quantized

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkernels import LLM, SamplingParams
-from fastkernels.checkpoint import Checkpoint, CheckpointError
+from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint, CheckpointError
 from fastkernels.compiler import compile_model
 from fastkernels.models import build
 from fastkernels.quantize import SCHEMES, find_scheme
-from fastkernels.runtime.build import DEMO_FOLDER
 from tests.checkpoint import quantized_made as made
 from tests.checkpoint.test_quantized_readers import definition_logits, logits_of
 from tests.checkpoint.test_quantized_writer import linears_of, quantise

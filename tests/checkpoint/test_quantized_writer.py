@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fastkernels import LLM, SamplingParams
-from fastkernels.checkpoint import Checkpoint, CheckpointError
+from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint, CheckpointError
 from fastkernels.checkpoint.quantized import QuantizedWriter
 from fastkernels.checkpoint.quantized import writer as writer_module
 from fastkernels.compiler import compile_model
 from fastkernels.quantize import SCHEMES, find_scheme
-from fastkernels.runtime.build import DEMO_FOLDER
 from tests.checkpoint import quantized_made as made
 from tests.checkpoint.test_quantized_readers import definition_logits, logits_of
 from tests.checkpoints import make_checkpoint

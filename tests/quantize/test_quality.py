@@ -13,8 +13,8 @@ from functools import cache
 import pytest
 import torch
 
-from fastkernels.checkpoint import Checkpoint, Tokenizer
-from fastkernels.quantize.calibration import DEMO_FOLDER, calibration_windows, evaluation_windows
+from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint, Tokenizer
+from fastkernels.quantize.calibration import calibration_windows, evaluation_windows
 from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, attention_of, round_inputs
 from fastkernels.quantize.kv_scales import KVObserver, RoundedKV
 from fastkernels.quantize.layer import quantize_layer

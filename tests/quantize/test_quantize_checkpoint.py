@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 import fastkernels
 from fastkernels import LLM, SamplingParams
-from fastkernels.checkpoint import Checkpoint, CheckpointError
+from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint, CheckpointError
 from fastkernels.config import ConfigError
 from fastkernels.quantize import QuantizationError, find_scheme
-from fastkernels.quantize.calibration import DEMO_FOLDER, evaluation_windows
+from fastkernels.quantize.calibration import evaluation_windows
 from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers
 from fastkernels.quantize.layer import quantize_layer
 from fastkernels.quantize.methods import METHODS, Method, assign_methods, method_for

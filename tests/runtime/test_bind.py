@@ -115,8 +115,8 @@ def test_by_choice():
     assert bound.func is _fk.matmul.default and bound.args[6:8] == (11, workspace)
     assert bound.args[:5] == (*inputs, None, None, None)
     assert call(None, 3, only(linear, 4, TORCH))[0].func is _aten.mm.out
-    assert call("int4@cuda", 3, only(int4, 4, Tactic("weight_only_linear", 5)))[0].args[5] == 5
-    assert call("int4@cuda", 5, only(int4, 4, Tactic("weight_only_linear", 5)))[0].args[5] == 0
+    assert call("int4@cuda", 3, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[5] == 2
+    assert call("int4@cuda", 5, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[5] == 0
     assert call(None, 40, only(linear, 64, Tactic("matmul", 11)))[0].func is _aten.mm.out, "another bucket"
 
 

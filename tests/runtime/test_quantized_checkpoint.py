@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fastkernels import LLM
-from fastkernels.checkpoint import Checkpoint
+from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint
 from fastkernels.checkpoint.quantized import QuantizedWeights, QuantizedWriter, StoredLinear
 from fastkernels.compiler import Plan
 from fastkernels.config import ConfigError, EngineConfig
 from fastkernels.quantize import SCHEMES, QuantizationError, find_scheme, on_cuda, stored_on_cuda
 from fastkernels.runtime import bind, build
-from fastkernels.runtime.build import DEMO_FOLDER, compile_for
+from fastkernels.runtime.build import compile_for
 from fastkernels.runtime.weights import load_weights, random_weights
 from tests.runtime.test_quantized_engine import matmul_on_the_cpu
 

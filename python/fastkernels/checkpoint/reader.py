@@ -19,11 +19,18 @@ from fastkernels.config import ConfigError, ModelConfig, UnsupportedModelError
 if TYPE_CHECKING:
     from fastkernels.checkpoint.quantized import QuantizedWeights
 
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
+"""Of the model that the package carries."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FINGERPRINT_SAMPLE_BYTES = 4096
 _CONFIG_KEYS_WITHOUT_MEANING = ("_name_or_path", "transformers_version")
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder that ``name``, "demo" or a path, stands for."""
+    return DEMO_FOLDER if name == "demo" else Path(name)
 
 
 class Checkpoint:

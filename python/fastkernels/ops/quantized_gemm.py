@@ -83,7 +83,7 @@ def quantized_linear(
             weights), "e4m3" per token or "e4m3-block" per 128 neighbours (with e4m3 weights)
     interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
-    constant_weight, tactic, workspace: on CUDA, as ``linear`` takes them
+    constant_weight, tactic, workspace: on CUDA and with an activation, as ``linear`` takes them
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
     Returns out; bitwise repeatable.
     On the CPU, products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
@@ -134,6 +134,7 @@ def quantized_linear(
     check_device(
         op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias, out=out
     )
+    require(not (x.is_cuda and interleaved), f"{op} on CUDA: interleaved rows are for the CPU")
     if x.is_cuda and activation is None:
         check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
         repacked = repack_for_cuda(
@@ -144,7 +145,6 @@ def quantized_linear(
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
     require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")
     if x.is_cuda:
-        require(not interleaved, f"{op} on CUDA: interleaved rows are for the CPU")
         weight_scales = _scales_on_cuda(op, activation, scales, global_scale, out_size, in_size, rows, size)
         check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
         per, byte = QUANTIZED[activation]

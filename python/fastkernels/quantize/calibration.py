@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels.checkpoint import ChatTemplateError, Tokenizer
+from fastkernels.checkpoint import DEMO_FOLDER, ChatTemplateError, Tokenizer
 from fastkernels.quantize.scheme import QuantizationError
 
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 FAR_APART = 2.0  # perplexities of calibration and evaluation text, one over the other, that are warned about
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "lib-dynload", "__pycache__"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkernels.ops.weight_only import RepackedWeight, packed_format_of, packed_shape, repack_for_cuda
+from fastkernels.ops.weight_only import packed_format_of, packed_shape, repack_for_cuda
 from fastkernels.quantize.scheme import PartSpec, QuantizationError, Scheme
 
 SUFFIX = "@cuda"
@@ -68,10 +68,6 @@ class Repacked(Scheme):
             global_scale=parts.get("global_scale"),
         )
         return {"packed": repacked.packed, "row_factors": repacked.row_factors}
-
-    def repacked(self, packed: Tensor, row_factors: Tensor, in_size: int) -> RepackedWeight:
-        out_size = row_factors.shape[0]
-        return RepackedWeight(packed, row_factors, self.packed_format(out_size, in_size), out_size, in_size)
 
     def dequantize(self, parts: object, dtype: torch.dtype = torch.float32) -> Tensor:
         raise QuantizationError(

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fastkernels.checkpoint import Checkpoint, Tokenizer
+from fastkernels.checkpoint import Checkpoint, Tokenizer, model_folder
 from fastkernels.checkpoint.quantized import QuantizedWriter
 from fastkernels.models.decoder import DecoderLayer
 from fastkernels.quantize.algorithms.round_to_nearest import round_to_nearest
 from fastkernels.quantize.calibration import (
-    DEMO_FOLDER,
     TextWindows,
     calibration_windows,
     evaluation_windows,
@@ -109,7 +108,7 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     report = progress or (lambda stage, done, total, error: None)
-    checkpoint = Checkpoint(DEMO_FOLDER if model == "demo" else model)
+    checkpoint = Checkpoint(model_folder(model))
     if checkpoint.quantized is not None:
         raise QuantizationError(
             f"{model} is quantised already ({checkpoint.quantized.method}); give what it was made of"

@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 
 from fastkernels._library import _C
-from fastkernels.checkpoint import Checkpoint, GenerationConfig, Tokenizer, read_generation_config
+from fastkernels.checkpoint import (
+    Checkpoint,
+    GenerationConfig,
+    Tokenizer,
+    model_folder,
+    read_generation_config,
+)
 from fastkernels.checkpoint.quantized import QuantizedWeights, StoredLinear
 from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
@@ -37,7 +43,6 @@ from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.kv_cache import KVCache
 from fastkernels.runtime.weights import load_weights, random_weights
 
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LARGEST_BUCKET = 512
 _CPU_CACHE_BYTES = 1 << 30  # what the CPU's cache takes at most unless it is told otherwise
@@ -77,7 +82,7 @@ def find_model(name: str | Path, *, random_weights: bool) -> ModelSource:
     Raises ModelNotFoundError when it is none of them, CheckpointError or ConfigError when a folder cannot be
     read.
     """
-    folder = DEMO_FOLDER if name == "demo" else Path(name)
+    folder = model_folder(name)
     if name != "demo" and not folder.exists() and str(name) in PRESETS:
         if not random_weights:
             raise ModelNotFoundError(

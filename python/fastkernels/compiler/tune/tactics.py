@@ -117,7 +117,8 @@ def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -
     if product.op == "matmul":
         return _matmul_tactics(product, num_tokens)
     if product.op == "quantized_linear":
-        return [Tactic("weight_only_linear", number) for number in range(1, ops.WEIGHT_ONLY_TACTICS + 1)]
+        count = ops.WEIGHT_ONLY_TACTICS if capability >= HOPPER else 1  # clusters are Hopper's
+        return [Tactic("weight_only_linear", number) for number in range(1, count + 1)]
     tactics = [TORCH]
     if _streams(product, num_tokens):
         tactics.append(STREAM)
