@@ -94,3 +94,9 @@ def test_models_of_other_vocabularies_are_refused(tmp_path):
         evaluate_model(folder, device="cpu")
     with pytest.raises(RequestError, match=r"has 4096 tokens and .* 1003; only models of one vocabulary"):
         evaluate_model("demo", against=folder, device="cpu", most_windows=1)
+
+
+def test_a_png_needs_a_model_to_compare_with():
+    result = CliRunner().invoke(app, ["evaluate", "demo", "--png", "layers.png"])
+    assert result.exit_code == 2
+    assert "--png shows layers beside another model's; name it with --against" in result.stderr

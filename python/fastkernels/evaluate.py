@@ -256,12 +256,12 @@ def evaluate(
                 most_windows=windows,
                 progress=progress,
             )
-        if png is not None and found.comparison is not None:
-            save_histogram(found.comparison.layer_errors, png)
         if json_output:
             print(json.dumps(asdict(found)))
         else:
             print(describe(found))
+        if png is not None and found.comparison is not None:
+            save_histogram(found.comparison.layer_errors, png)
 
 
 def describe(found: Evaluation) -> str:

@@ -260,3 +260,9 @@ def test_scales_of_columns_that_are_tied_are_equal():
     ):
         first, second = scales.view(2, 2, 32).unbind(1)
         assert torch.equal(first, second)
+
+
+def test_gptq_refuses_inputs_that_are_not_finite():
+    weight, hessian = torch.randn(8, 64), torch.full((64, 64), torch.nan)
+    with pytest.raises(QuantizationError, match="its inputs hold NaN or infinity on the calibration text"):
+        gptq(weight, hessian, choose_grid(find_scheme("int4-g32"), weight))

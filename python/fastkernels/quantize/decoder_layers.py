@@ -19,7 +19,7 @@ from fastkernels.checkpoint.quantized.formats import dense_weight
 from fastkernels.models import build
 from fastkernels.models.decoder import DecoderLayer
 from fastkernels.models.layers import Attention
-from fastkernels.ops.reference import round_activation
+from fastkernels.ops.reference import rms_norm, round_activation
 from fastkernels.quantize import find_scheme
 from fastkernels.quantize.scheme import QuantizationError, Scheme
 
@@ -144,9 +144,10 @@ class DecoderLayers:
     def layer(self, index: int, parameters: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer to run, with these parameters. It shares nothing with another but the rotary table."""
         meta = self._meta_layer(index)
-        layer = DecoderLayer(
-            self.config, type(meta.self_attn)(self.config, index, self._model.model.rotary_emb)
-        )
+        with torch.device("meta"):  # every parameter is replaced below
+            layer = DecoderLayer(
+                self.config, type(meta.self_attn)(self.config, index, self._model.model.rotary_emb)
+            )
         for name in [name for name, _ in layer.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(parameters[name].to(self.dtype), requires_grad=False)
@@ -198,8 +199,7 @@ class DecoderLayers:
         total = 0.0
         rows = max(_LOGITS_AT_ONCE // head.shape[0], 1)
         for part, ids in zip(flat.split(rows), wanted.split(rows), strict=True):
-            x = part.float()
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm_weight.float()
+            x = rms_norm(part.float(), norm_weight.float(), norm.eps)
             if head_scheme is not None:
                 x = round_activation(x, head_scheme.activation, torch.float32)
             total += F.cross_entropy((x.to(self.dtype) @ head.T).float(), ids, reduction="sum").item()

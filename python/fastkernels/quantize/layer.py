@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkernels.config import ModelConfig
 from fastkernels.quantize.algorithms.awq import awq_scales
 from fastkernels.quantize.algorithms.gptq import gptq
-from fastkernels.quantize.algorithms.grid import Grid
+from fastkernels.quantize.algorithms.grid import Grid, choose_grid
 from fastkernels.quantize.algorithms.round_to_nearest import round_to_nearest
 from fastkernels.quantize.algorithms.smoothquant import smooth_scales
 from fastkernels.quantize.decoder_layers import GROUPS, LinearGroup
@@ -73,7 +73,7 @@ def _round(method: Method, weight: Tensor, hessian: Tensor | None, largest: floa
         assert hessian is not None
         # AWQ's clips are of least error of the output; GPTQ leaves that error to the columns that follow.
         clip_by = hessian if method.algorithm == "awq" else None
-        grid, _ = round_to_nearest(method.scheme, weight, clip_by, largest=largest)
+        grid = choose_grid(method.scheme, weight, clip_by, largest=largest)
         return grid, gptq(weight, hessian, grid)
     search = method.algorithm != "largest"
     return round_to_nearest(method.scheme, weight, hessian, search=search, largest=largest)

@@ -127,7 +127,9 @@ def quantize_checkpoint(
     evaluation = evaluation_windows(
         tokenizer, text, sequence_length=sequence_length, most=max(_EVALUATION_TOKENS // sequence_length, 1)
     )
-    needs_inputs = any(method.needs_inputs for method in methods.values()) or kv or target_bits
+    needs_inputs = (
+        any(method.needs_inputs for method in methods.values()) or kv is not None or target_bits is not None
+    )
     calibrated: TextWindows | None = None
     if needs_inputs or calibration is not None:
         calibrated = calibration_windows(
@@ -169,7 +171,7 @@ def quantize_checkpoint(
         perplexity_before=before,
         perplexity_after=after,
         layer_errors=tuple(errors),
-        seconds=time.monotonic() - started + writer.notes.get("seconds", 0.0),
+        seconds=time.monotonic() - started,
         peak_bytes=torch.cuda.max_memory_allocated(layers.device) if layers.device.type == "cuda" else 0,
         warnings=tuple(warnings),
     )
@@ -265,7 +267,10 @@ class _Run:
                 continue
             linear = layer.get_submodule(group.name)
             assert isinstance(linear, torch.nn.Linear)
-            statistics = InputStatistics(linear.in_features, num_tokens, self.layers.device)
+            with_hessian = own[group.name].algorithm != "smoothquant"
+            statistics = InputStatistics(
+                linear.in_features, num_tokens, self.layers.device, with_hessian=with_hessian
+            )
             found[group.name] = statistics
             hooks.append(linear.register_forward_pre_hook(lambda _, args, to=statistics: to.add(args[0])))
         if found:
@@ -278,12 +283,12 @@ class _Run:
     def _restored(
         self, prefix: str, parameters: dict[str, Tensor], own: Mapping[str, Method]
     ) -> QuantizedLayer:
-        result, device = QuantizedLayer(dict(parameters)), self.layers.device
+        result, device, done = QuantizedLayer(dict(parameters)), self.layers.device, self.writer.done
         for linear, method in own.items():
             parts = {name: part.to(device) for name, part in self.writer.stored(prefix + linear).items()}
             result.parameters[f"{linear}.weight"] = method.scheme.dequantize(parts)
         for name in parameters:
-            if prefix + name in self.writer.done:
+            if prefix + name in done:
                 result.parameters[name] = self.writer.plain(prefix + name).to(device).float()
         return result
 
@@ -331,6 +336,7 @@ def _spend(
     head = {name: method for name, method in coarse.items() if name == "lm_head"}
     body = {name: method for name, method in coarse.items() if name != "lm_head"}
     fine = {name: method_for(FINE, name, shapes[name]) for name in body}
+    spend_bits({}, body, fine, shapes, target_bits)  # refuses what cannot be reached before it is measured
     hidden = layers.embed(calibrated.inputs[:_FEW])
     sensitivity: dict[str, float] = {}
     for index in range(len(layers)):

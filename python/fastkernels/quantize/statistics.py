@@ -17,10 +17,12 @@ class InputStatistics:
     sample:  fp32, at most 512 rows spread over all pieces
     """
 
-    def __init__(self, in_size: int, num_tokens: int, device: torch.device) -> None:
-        """num_tokens: how many will come."""
-        self._every = max(num_tokens // _SAMPLE_ROWS, 1)
-        self._products = torch.zeros(in_size, in_size, device=device)
+    def __init__(
+        self, in_size: int, num_tokens: int, device: torch.device, *, with_hessian: bool = True
+    ) -> None:
+        """num_tokens: how many will come. with_hessian: it is most of the work and of the memory."""
+        self._every = max(-(-num_tokens // _SAMPLE_ROWS), 1)
+        self._products = torch.zeros(in_size, in_size, device=device) if with_hessian else None
         self._magnitudes = torch.zeros(in_size, device=device)
         self._sample: list[Tensor] = []
         self.largest = torch.zeros(in_size, device=device)
@@ -28,7 +30,8 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         x = x.float()
-        self._products.addmm_(x.T, x)
+        if self._products is not None:
+            self._products.addmm_(x.T, x)
         magnitudes = x.abs()
         self._magnitudes += magnitudes.sum(0)
         self.largest = torch.maximum(self.largest, magnitudes.amax(0))
@@ -38,6 +41,7 @@ class InputStatistics:
 
     @property
     def hessian(self) -> Tensor:
+        assert self._products is not None
         return self._products / self.num_tokens
 
     @property
@@ -46,4 +50,4 @@ class InputStatistics:
 
     @property
     def sample(self) -> Tensor:
-        return torch.cat(self._sample)[:_SAMPLE_ROWS]
+        return torch.cat(self._sample)

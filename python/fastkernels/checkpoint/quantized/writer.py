@@ -108,13 +108,13 @@ class QuantizedWriter:
         """
         if module not in self.done or module not in self._schemes:
             raise CheckpointError(f"{self._partial} does not hold the module {module!r} yet")
-        return self._read(module, self._flushed()).read()
+        return self._read(module, self._flushed(module)).read()
 
     def plain(self, name: str) -> Tensor:
         """A plain tensor in ``done``, read back."""
         if name not in self.done or name in self._schemes:
             raise CheckpointError(f"{self._partial} does not hold the tensor {name!r} yet")
-        return self._flushed().tensor(name)
+        return self._flushed(name).tensor(name)
 
     def add(self, module: str, scheme: str, parts: Mapping[str, Tensor]) -> None:
         """A quantised weight.
@@ -248,10 +248,11 @@ class QuantizedWriter:
             named = [self._partial / SINGLE_FILE]
         return named[0] if named else self._partial / f"shard-{number:05d}.safetensors"
 
-    def _flushed(self) -> _Tensors:
-        count = len(self._progress["shards"])
-        files = [SafetensorsFile(self._shard_path(number)) for number in range(1, count + 1)]
-        return _Tensors(self._partial, {name: file.tensor(name) for file in files for name in file.entries})
+    def _flushed(self, name: str) -> _Tensors:
+        """The shard that a module or plain tensor in ``done`` was written to."""
+        number = next(n for n, names in enumerate(self._progress["shards"], start=1) if name in names)
+        file = SafetensorsFile(self._shard_path(number))
+        return _Tensors(self._partial, {one: file.tensor(one) for one in file.entries})
 
     def _save_progress(self) -> None:
         unfinished = self._partial / (_PROGRESS + ".unfinished")

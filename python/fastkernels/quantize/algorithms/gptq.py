@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkernels.quantize.algorithms.grid import Grid
+from fastkernels.quantize.scheme import QuantizationError
 
 DAMPING = 0.01
 BLOCK = 128
@@ -57,7 +58,9 @@ def gptq(
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped matrix."""
+    """The upper Cholesky factor of the inverse of the matrix, damped until it has one."""
+    if not torch.isfinite(hessian.diagonal()).all():
+        raise QuantizationError("its inputs hold NaN or infinity on the calibration text")
     matrix = hessian.clone()
     diagonal = matrix.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
