@@ -4,27 +4,13 @@
 #include <algorithm>
 
 #include "common/dtype.cuh"
+#include "common/hopper.cuh"
 #include "common/ptx/tma.cuh"
 #include "gemm/linear_bytes.h"
 #include "gemm/matmul_sm90.h"
 
 namespace fastkernels {
 namespace {
-
-// A build for other GPUs alone leaves this kernel empty.
-__global__ void hopper_code(int* built) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    *built = 1;
-#endif
-}
-
-bool built_for_hopper() {
-    static const bool built = [] {
-        cudaFuncAttributes attributes{};
-        return cudaFuncGetAttributes(&attributes, hopper_code) == cudaSuccess && attributes.ptxVersion >= 90;
-    }();
-    return built;
-}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -102,7 +88,7 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
     if (p.num_tokens == 0 || p.out_size == 0) {
         return;
     }
-    check(compute_capability() == 90 && built_for_hopper(),
+    check(on_hopper(),
           "matmul is for Hopper GPUs (sm_90a), and for builds with its architecture");
     const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
     const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
