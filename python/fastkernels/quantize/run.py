@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastkernels.checkpoint import Checkpoint, Tokenizer, model_folder
 from fastkernels.checkpoint.quantized import QuantizedWriter
 from fastkernels.models.decoder import DecoderLayer
+from fastkernels.ops.device import choose_device
 from fastkernels.quantize.algorithms.round_to_nearest import round_to_nearest
 from fastkernels.quantize.calibration import (
     TextWindows,
@@ -24,7 +25,7 @@ from fastkernels.quantize.calibration import (
     evaluation_windows,
     perplexity_warning,
 )
-from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, attention_of, device_for, round_inputs
+from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, attention_of, round_inputs
 from fastkernels.quantize.kv_scales import KVObserver, RoundedKV
 from fastkernels.quantize.layer import QuantizedLayer, quantize_layer
 from fastkernels.quantize.methods import (
@@ -117,7 +118,7 @@ def quantize_checkpoint(
         raise QuantizationError(f"kv is {kv!r}; it must be one of {', '.join(KV_CACHES)}")
     config = checkpoint.config
     sequence_length = min(sequence_length, config.max_position_embeddings)
-    layers = DecoderLayers(checkpoint, sequence_length, device_for(device))
+    layers = DecoderLayers(checkpoint, sequence_length, choose_device(device))
     shapes = {name: layers.linear_shape(name) for name in layers.linears}
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (config.vocab_size, config.hidden_size)

@@ -34,8 +34,9 @@ from fastkernels.compiler.tune import (
 )
 from fastkernels.compiler.tune.timer import CudaTimer
 from fastkernels.config import ConfigError, EngineConfig, ModelConfig, TuneMode, cache_folder, tune_mode
-from fastkernels.errors import DeviceError, ModelNotFoundError
+from fastkernels.errors import ModelNotFoundError
 from fastkernels.models.presets import PRESETS
+from fastkernels.ops.device import choose_device
 from fastkernels.ops.gemm import matmul_workspace_bytes
 from fastkernels.quantize import on_cuda, stored_on_cuda
 from fastkernels.runtime.engine import Engine
@@ -101,26 +102,6 @@ def find_model(name: str | Path, *, random_weights: bool) -> ModelSource:
     config = checkpoint.config
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     return ModelSource(str(name), config, read_generation_config(folder, config), checkpoint, tokenizer)
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises DeviceError for a GPU that is not there or that this build has no kernels for."""
-    if name == "cpu":
-        return torch.device("cpu")
-    usable = torch.cuda.is_available() and _C.with_cuda
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DeviceError(f"device {name} was asked for, but torch sees no CUDA GPU; use cpu or auto")
-    if not _C.with_cuda:
-        raise DeviceError(
-            f"device {name} was asked for, but fastkernels was built without CUDA kernels; use cpu or auto"
-        )
-    device = torch.device(name)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise DeviceError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
