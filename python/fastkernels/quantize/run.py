@@ -36,6 +36,7 @@ from fastkernels.quantize.methods import (
     assign_methods,
     method_for,
 )
+from fastkernels.quantize.ranges import ESTIMATORS, Estimator
 from fastkernels.quantize.scheme import QuantizationError
 from fastkernels.quantize.sensitivity import average_bits, measure_sensitivity, spend_bits
 from fastkernels.quantize.statistics import InputStatistics
@@ -83,6 +84,7 @@ def quantize_checkpoint(
     *,
     scheme: str,
     kv: str | None = None,
+    kv_range: str | None = None,
     calibration: str | Path | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
@@ -99,6 +101,8 @@ def quantize_checkpoint(
 
     scheme:      of ``quantize.methods.METHODS``
     kv:          "fp8" or "int8": scales for a KV cache of 8 bits beside it
+    kv_range:    how their range is taken from the values seen: of ``quantize.ranges.ESTIMATORS``; None: "mse"
+                 for fp8, "min-max" for int8
     calibration: FILE.jsonl or FILE.txt, see ``quantize.calibration``; read where an algorithm needs inputs
     exclude, keep: see ``quantize.methods.assign_methods``
     target_bits: of a weight on average: linears that are worth it get int8-weight instead of the scheme
@@ -116,6 +120,9 @@ def quantize_checkpoint(
         )
     if kv not in (None, *KV_CACHES):
         raise QuantizationError(f"kv is {kv!r}; it must be one of {', '.join(KV_CACHES)}")
+    if kv_range not in (None, *ESTIMATORS) or (kv_range is not None and kv is None):
+        beside = "it goes with kv, and" if kv is None else "it"
+        raise QuantizationError(f"kv_range is {kv_range!r}; {beside} must be one of {', '.join(ESTIMATORS)}")
     config = checkpoint.config
     sequence_length = min(sequence_length, config.max_position_embeddings)
     layers = DecoderLayers(checkpoint, sequence_length, choose_device(device))
@@ -151,9 +158,10 @@ def quantize_checkpoint(
             "methods": {name: method.name for name, method in methods.items()},
             "calibration": None if calibrated is None else _digest(calibrated.token_ids),
             "evaluation": _digest(evaluation.token_ids),
+            "kv_range": kv_range,
         },
     )
-    run = _Run(layers, methods, writer, kv, evaluation, calibrated if needs_inputs else None)
+    run = _Run(layers, methods, writer, (kv, kv_range), evaluation, calibrated if needs_inputs else None)
     errors = []
     for index in range(len(layers)):
         report("layer", index, len(layers), None)
@@ -187,14 +195,14 @@ class _Run:
         layers: DecoderLayers,
         methods: Mapping[str, Method],
         writer: QuantizedWriter,
-        kv: str | None,
+        kv: tuple[str | None, Estimator | None],
         evaluation: TextWindows,
         calibrated: TextWindows | None,
     ) -> None:
         self.layers = layers
         self.methods = methods
         self.writer = writer
-        self.kv = kv
+        self.kv, self.kv_range = kv
         self.evaluation = evaluation
         self.calibrated = calibrated
         self.exact = layers.embed(evaluation.inputs)
@@ -304,7 +312,9 @@ class _Run:
             attention.kv_rounding = observer
             for part in self.layers.batches(self.calibration[:_FEW]):
                 self.layers.forward(layer, part)
-            scales = {which: scale.view(1) for which, scale in observer.scales(self.kv).items()}
+            scales = {
+                which: scale.view(1) for which, scale in observer.scales(self.kv, self.kv_range).items()
+            }
             for which, name in names.items():
                 self.writer.add_plain(name, scales[which])
         attention.kv_rounding = RoundedKV(scales, self.kv)
