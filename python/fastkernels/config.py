@@ -430,6 +430,8 @@ class EngineConfig:
     max_num_tokens:    tokens of a step at most; longer prompts go in chunks
     page_size:         tokens of a KV cache page; a power of two
     kv_cache_bytes:    of the KV cache; None: kv_cache_fraction of the GPU memory that is left
+    kv_cache_dtype:    "fp8" or "int8": bytes, with the checkpoint's scales; an engine's own "bf16", "fp16" or
+                       "fp32"; "auto": as the checkpoint says, else the engine's own
     disabled_passes:   compiler passes to leave out
     cuda_graphs:       replay small steps as CUDA graphs
     random_weights:    seeded random weights at the model's shapes, for benchmarks
@@ -449,6 +451,7 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_bytes: int | None = None
     kv_cache_fraction: float = 0.9
+    kv_cache_dtype: str = "auto"
     disabled_passes: tuple[str, ...] = ()
     cuda_graphs: bool = True
     random_weights: bool = False
@@ -461,6 +464,10 @@ class EngineConfig:
             raise ConfigError(f"device is {self.device!r}; it must be auto, cuda, cuda:<index> or cpu")
         if self.dtype not in ENGINE_DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(ENGINE_DTYPES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}"
+            )
         for name, low in (
             ("max_seq_len", 2),
             ("max_num_seqs", 1),
@@ -482,6 +489,7 @@ class EngineConfig:
 
 DEVICES = ("auto", "cuda", "cpu")
 ENGINE_DTYPES = ("auto", "bf16", "fp16", "fp32")
+KV_CACHE_DTYPES = (*ENGINE_DTYPES, "fp8", "int8")
 
 
 # --- the environment ------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from fastkernels.llm import LLM
 from fastkernels.progress import failing_clearly, loading_progress
 from fastkernels.quantize.calibration import TextWindows, evaluation_windows
 from fastkernels.quantize.decoder_layers import DecoderLayers
-from fastkernels.runtime.build import Progress
+from fastkernels.runtime.build import Progress, find_model
 
 WINDOW_TOKENS = 1024
+_WINDOWS_AT_ONCE = 8  # that are scored between two moves of the progress bar
+_LOGITS_AT_ONCE = 64
 _LAYER_WINDOWS = 4  # that the layers are compared on
 _STANDS_OUT = 1.5  # times the median error: a layer to leave out
 _TOLERABLE = 0.01  # growth of the perplexity that nobody needs to do anything about
@@ -80,7 +82,7 @@ def evaluate_model(
     Raises RequestError for models of different vocabularies, and what loading them and the text raises.
     """
     report = progress or (lambda stage, done, total: None)
-    with LLM(model, device=device, dtype=dtype, max_num_seqs=1) as llm:
+    with _engine(model, device, dtype) as llm:
         if llm.tokenizer is None:
             raise RequestError(f"{llm.name} has no tokenizer, which a text needs")
         length = min(WINDOW_TOKENS, llm.max_seq_len)
@@ -88,7 +90,7 @@ def evaluate_model(
         if against is None:
             nats = _nats(llm, windows, report)
         else:
-            with LLM(against, device=device, dtype=dtype, max_num_seqs=1) as other:
+            with _engine(against, device, dtype) as other:
                 if other.config.vocab_size != llm.config.vocab_size:
                     raise RequestError(
                         f"{llm.name} has {llm.config.vocab_size} tokens and {other.name} "
@@ -106,6 +108,18 @@ def evaluate_model(
         perplexity=math.exp(nats),
         bits_per_token=nats / math.log(2),
         comparison=comparison,
+    )
+
+
+def _engine(model: str | Path, device: str, dtype: str) -> LLM:
+    """For windows, and for two engines in one memory; as many logits at once as sequences."""
+    context = find_model(model, random_weights=False).config.max_position_embeddings
+    return LLM(
+        model,
+        device=device,
+        dtype=dtype,
+        max_num_seqs=_LOGITS_AT_ONCE,
+        max_seq_len=min(WINDOW_TOKENS, context),
     )
 
 
@@ -137,9 +151,10 @@ def layer_errors(
 
 
 def _nats(llm: LLM, windows: TextWindows, report: Progress) -> float:
-    total = 0.0
-    for done, row in enumerate(windows.token_ids, start=1):
-        total += F.cross_entropy(llm.logits(row[:-1].tolist()), row[1:], reduction="sum").item()
+    total, done = 0.0, 0
+    for rows in windows.token_ids.split(_WINDOWS_AT_ONCE):
+        total -= sum(row.logprobs.double().sum().item() for row in llm.prompt_logprobs(rows.numpy()))
+        done += len(rows)
         report("evaluating", done, len(windows.token_ids))
     return total / windows.targets.numel()
 

@@ -53,6 +53,15 @@ class DType(str, Enum):
     fp32 = "fp32"
 
 
+class KVCacheDType(str, Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
 def generate(
     model: Annotated[
         str, typer.Option(help="A Hugging Face checkpoint folder, or 'demo', the small model of the package.")
@@ -91,6 +100,12 @@ def generate(
     head_quantization: Annotated[
         str | None, typer.Option(help="The same for the head, which is kept as it is by default.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        KVCacheDType,
+        typer.Option(
+            help="fp8, int8: half the bytes or less; auto: as the checkpoint says, else the engine's dtype."
+        ),
+    ] = KVCacheDType.auto,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
     ] = False,
@@ -125,6 +140,7 @@ def generate(
                 max_num_seqs=1,
                 quantization=quantization,
                 head_quantization=head_quantization,
+                kv_cache_dtype=kv_cache_dtype.value,
                 progress=progress,
             )
         with llm:

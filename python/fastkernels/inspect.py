@@ -23,6 +23,7 @@ from fastkernels.models.presets import PRESETS
 from fastkernels.ops.gemm import matmul_workspace_bytes
 from fastkernels.progress import failing_clearly
 from fastkernels.runtime.step import StepBuffers
+from fastkernels.runtime.weights import KV_KINDS
 
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NAMED_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -52,6 +53,10 @@ def inspect(
         str | None, typer.Option(help="Scheme of the linears but the head, int4 say.")
     ] = None,
     head_quantization: Annotated[str | None, typer.Option(help="Scheme of the head.")] = None,
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(help="Of the KV cache: fp8, int8, or auto: as the checkpoint says, else as --dtype."),
+    ] = "auto",
     full: Annotated[bool, typer.Option("--full", help="Every layer, not the first and the last.")] = False,
 ) -> None:
     """Show the plan of a model, its kernels before and after fusion, and where its memory goes."""
@@ -65,6 +70,7 @@ def inspect(
             quantization=quantization,
             head_quantization=head_quantization,
             stored=None if quantized is None else quantized.linears,
+            kv_cache=_kv_cache(kv_cache_dtype, model),
         )
         seq_len = max_seq_len or config.max_position_embeddings
         ledger = estimate(
@@ -112,6 +118,18 @@ def find_quantized(model: str) -> QuantizedWeights | None:
     if not folder.is_dir() or quantization_config(folder, read_json_object(folder / "config.json")) is None:
         return None
     return Checkpoint(folder).quantized
+
+
+def _kv_cache(name: str, model: str) -> str:
+    """Dtype of the KV cache's elements, as plans have it."""
+    kinds = {kind: dtype for dtype, kind in KV_KINDS.items()}
+    if name == "auto":
+        folder = model_folder(model)
+        kind = Checkpoint(folder).kv.kind if find_quantized(model) is not None else None
+        return "model" if kind is None else kinds[kind]
+    if name not in kinds:
+        raise ConfigError(f"kv_cache_dtype is {name!r}; it must be auto, {', '.join(kinds)}")
+    return kinds[name]
 
 
 def plan_table(plan: Plan, *, full: bool = False) -> Table:

@@ -15,10 +15,11 @@ from fastkernels.config import EngineConfig, ModelConfig, SamplingParams
 from fastkernels.errors import EngineClosedError, RequestError
 from fastkernels.runtime.build import BuiltEngine, Progress, build_engine, find_model
 from fastkernels.runtime.engine import Engine, EngineStats, Generation, TokenLogprob
+from fastkernels.runtime.prompt_logits import PromptLogprobs
 
 Prompt = str | Sequence[int]
 
-__all__ = ["LLM", "Prompt", "RequestOutput", "TextPiece", "Timings", "TokenLogprob"]
+__all__ = ["LLM", "Prompt", "PromptLogprobs", "RequestOutput", "TextPiece", "Timings", "TokenLogprob"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class LLM:
     model:  a Hugging Face checkpoint folder, "demo", or with random_weights=True the name of a preset
             (``fastkernels.models.presets``)
     device, dtype, max_seq_len, max_num_seqs, max_num_tokens, page_size, kv_cache_bytes, kv_cache_fraction,
-    disabled_passes, cuda_graphs, random_weights, quantization, head_quantization: see
+    kv_cache_dtype, disabled_passes, cuda_graphs, random_weights, quantization, head_quantization: see
     ``config.EngineConfig``
     progress: called with (stage, done, total) while the model is loaded
 
@@ -84,6 +85,7 @@ class LLM:
         self._built: BuiltEngine | None = build_engine(source, self.options, progress)
         self.device = self._built.device
         self.dtype = self._built.dtype
+        self.kv_cache_dtype = self._built.kv_cache_dtype
         self.max_seq_len = self._built.max_seq_len
         self.plan = self._built.plan
         self.ledger = self._built.ledger
@@ -132,6 +134,16 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """fp32 [num_tokens, vocab_size], on the CPU: what the model says after each token of one sequence."""
         return self._engine.logits(token_ids)
+
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None
+    ) -> list[PromptLogprobs]:
+        """How likely the tokens of each prompt were, given those before: of the prompt from its token number
+        ``first`` on, or from 1, many prompts a step.
+
+        Raises RequestError, before anything runs, for a prompt that cannot be served.
+        """
+        return self._engine.prompt_logprobs(prompts, [1] * len(prompts) if firsts is None else firsts)
 
     # --- state ------------------------------------------------------------------------------------
 

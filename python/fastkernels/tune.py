@@ -13,8 +13,9 @@ from fastkernels.compiler.tune import FILE_NAME, Choices, rule
 from fastkernels.config import EngineConfig, cache_folder
 from fastkernels.errors import DeviceError
 from fastkernels.inspect import find_config, find_quantized
+from fastkernels.ops.device import choose_device
 from fastkernels.progress import failing_clearly, loading_progress
-from fastkernels.runtime.build import choose_device, choose_dtype, choose_tactics, compile_for
+from fastkernels.runtime.build import choose_dtype, choose_tactics, compile_for
 
 
 def tune(

@@ -347,7 +347,7 @@ def test_rules_of_gptqmodel(tmp_path: Path) -> None:
     assert quantized is not None and set(quantized.linears) == set(weights)
 
 
-def test_scales_of_the_cache_are_left_alone(tmp_path: Path) -> None:
+def test_scales_of_the_cache_are_left_alone_where_it_has_none_of_8_bits(tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for layer in range(2):
             for name in ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale"):
@@ -356,7 +356,8 @@ def test_scales_of_the_cache_are_left_alone(tmp_path: Path) -> None:
     folder, _, _ = made.make(
         tmp_path, {**MODELOPT, "kv_cache_quant_algo": "FP8"}, made.fp8("tensor"), change=change
     )
-    with_scales = logits_of(folder)
+    with_scales = logits_of(folder, kv_cache_dtype="fp32")
+    assert not torch.equal(with_scales, logits_of(folder))
     folder, _, _ = made.make(tmp_path / "without", MODELOPT, made.fp8("tensor"))
     assert torch.equal(with_scales, logits_of(folder))
 

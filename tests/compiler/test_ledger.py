@@ -41,9 +41,9 @@ def test_without_a_limit_there_is_nothing_to_divide():
 
 def test_estimate_of_a_released_model():
     """Llama 3.1 8B has 8,030,261,248 parameters, and 128 KiB of keys and values a token in 16 bits."""
-    config = PRESETS["llama-3.1-8b"]
+    plan = compile_model(PRESETS["llama-3.1-8b"])
     ledger = estimate(
-        compile_model(config),
+        plan,
         max_num_tokens=8192,
         max_num_seqs=64,
         max_seq_len=4096,
@@ -52,8 +52,16 @@ def test_estimate_of_a_released_model():
         workspaces_bytes=7,
     )
     assert ledger.weights_bytes == 2 * 8_030_261_248
-    assert ledger.kv_bytes_per_page == kv_bytes_per_page(config, 16, 2) == 16 * 128 * 1024
+    assert ledger.kv_bytes_per_page == kv_bytes_per_page(plan, 16, 2) == 16 * 128 * 1024
     assert ledger.workspaces_bytes == 7 + 4096 * 128 * 4
+
+
+@pytest.mark.parametrize("cache", ["float8_e4m3fn", "int8"])
+def test_a_page_of_bytes_is_half_as_large(cache):
+    plan = compile_model(PRESETS["llama-3.1-8b"], kv_cache=cache)
+    assert [kv_bytes_per_page(plan, 16, size) for size in (2, 4)] == [16 * 64 * 1024] * 2
+    plain = compile_model(PRESETS["llama-3.1-8b"], kv_cache=cache, disabled_passes=["quantize_kv"])
+    assert kv_bytes_per_page(plain, 16, 2) == 16 * 128 * 1024
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import fastkernels
 from fastkernels import LLM, SamplingParams
 from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint, CheckpointError
 from fastkernels.config import ConfigError
+from fastkernels.errors import DeviceError
 from fastkernels.quantize import QuantizationError, find_scheme
 from fastkernels.quantize.calibration import evaluation_windows
 from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers
@@ -246,11 +247,15 @@ def test_what_is_refused_before_anything_runs(tmp_path, text):
         quantize_checkpoint(tmp_path / "none", tmp_path / "out", scheme="fp8")
     with pytest.raises(QuantizationError, match="kv is 'int4'; it must be one of fp8, int8"):
         quantize_checkpoint("demo", tmp_path / "out", scheme="fp8", kv="int4")
+    with pytest.raises(QuantizationError, match="kv_range is 'max'; it must be one of min-max, percentile"):
+        quantize_checkpoint("demo", tmp_path / "out", scheme="fp8", kv="fp8", kv_range="max")
+    with pytest.raises(QuantizationError, match="kv_range is 'mse'; it goes with kv, and must be one of"):
+        quantize_checkpoint("demo", tmp_path / "out", scheme="fp8", kv_range="mse")
     with pytest.raises(QuantizationError, match=r"target_bits is 4; the coarsest there is takes 4.188 bits"):
         quantize_checkpoint(
             "demo", tmp_path / "out", scheme="int4-awq", target_bits=4, calibration=text, **FEW
         )
-    with pytest.raises(QuantizationError, match="device is 'tpu'"):
+    with pytest.raises(DeviceError, match="device is 'tpu'; it must be auto"):
         quantize_checkpoint("demo", tmp_path / "out", scheme="fp8", device="tpu")
     with pytest.raises(ConfigError, match="is empty"):
         (tmp_path / "empty.txt").write_text("")

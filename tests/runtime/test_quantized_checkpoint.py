@@ -198,8 +198,8 @@ def test_weights_are_those_of_the_plan(folders, monkeypatch, name, kind, capabil
 def test_the_gpus_plan_gives_the_logits_of_quantization(folders, monkeypatch, name):
     """Without a GPU: its plan, with a plain product. Weights are rounded alike, so the same bits."""
 
-    def compile_for_hopper(config, options, device, dtype, quantized=None):
-        return compile_for(config, options, torch.device("cuda", 0), torch.bfloat16, quantized)
+    def compile_for_hopper(config, options, device, dtype, quantized=None, kv=None):
+        return compile_for(config, options, torch.device("cuda", 0), torch.bfloat16, quantized, kv)
 
     def logits(model: Path | str, kind: type[Checkpoint] = Checkpoint, **options: Any) -> torch.Tensor:
         monkeypatch.setattr(build, "Checkpoint", kind)

@@ -17,7 +17,7 @@ from fastkernels.checkpoint.safetensors_file import SafetensorsFile
 from fastkernels.config import ConfigError, ModelConfig, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from fastkernels.checkpoint.quantized import QuantizedWeights
+    from fastkernels.checkpoint.quantized import QuantizedWeights, StoredKV
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 """Of the model that the package carries."""
@@ -79,6 +79,13 @@ class Checkpoint:
         )  # here: the writer beside it needs this file
 
         return open_quantized(self)
+
+    @cached_property
+    def kv(self) -> StoredKV:
+        """What it says about a KV cache of 8 bits."""
+        from fastkernels.checkpoint.quantized import open_kv, quantization_config
+
+        return open_kv(self, quantization_config(self.path, self.config_dict))
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""

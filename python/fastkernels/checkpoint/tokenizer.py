@@ -100,6 +100,11 @@ class Tokenizer:
         """Whether ``render_chat`` has a template to render with."""
         return bool(self._template_sources)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the default template; None where there is none."""
+        return self._template_sources.get("default")
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -41,14 +41,16 @@ def compile_model(
     quantization: str | None = None,
     head_quantization: str | None = None,
     stored: Mapping[str, StoredLinear] | None = None,
+    kv_cache: str = "model",
 ) -> Plan:
     """The plan of the model that ``config`` describes.
 
     disabled_passes: names in PASSES to leave out; the plan computes the same with more kernels, or, without
-                     "quantize", with all weights as they are
+                     "quantize" or "quantize_kv", with all weights or the KV cache as they are
     quantization, head_quantization: names of schemes (``fastkernels.quantize``) of all linears but the head,
                      and of the head
     stored:          the linears that the checkpoint holds quantised, ``Checkpoint.quantized.linears``
+    kv_cache:        dtype of the KV cache: "model", or a name of torch's, "float8_e4m3fn" or "int8"
     Raises UnknownPassError, UnsupportedModelError, QuantizationError, or CompileError naming what has no
     step.
     """
@@ -61,7 +63,7 @@ def compile_model(
         for name, linear in (stored or {}).items()
         if linear.scheme is not None
     }
-    schemes = Quantization(linears, head, held)
+    schemes = Quantization(linears, head, held, kv_cache)
     graph = replace(trace(config), quantization=schemes)
     kernels_before = count_kernels(graph)
     after_pass = {}

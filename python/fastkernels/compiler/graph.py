@@ -44,7 +44,8 @@ class Value:
 class WeightSpec:
     """One tensor of the engine and the checkpoint tensors it is made of.
 
-    how: "copy" one source | "concat_rows": the sources one below the other (a merged projection)
+    how: "copy" one source | "concat_rows": the sources one below the other (a merged projection) |
+         "kv_scale": the source, or what stands for it where the checkpoint has none
     source_rows: size of the first dimension of each source
     dtype: "model" or a name of torch's
     quantized: what it is a part of, where it is one: shape and dtype are then the part's
@@ -52,7 +53,7 @@ class WeightSpec:
 
     name: str
     sources: tuple[str, ...]
-    how: Literal["copy", "concat_rows"]
+    how: Literal["copy", "concat_rows", "kv_scale"]
     shape: tuple[int, ...]
     source_rows: tuple[int, ...]
     dtype: str = "model"
@@ -91,11 +92,13 @@ class Quantization:
     """The schemes of a model's linears; None: they stay as they are. The head's is its own.
 
     stored: of a quantised checkpoint, by the name of the weight; it goes before the others
+    kv_cache: dtype of its elements, "model" or a name of torch's
     """
 
     linears: Scheme | None = None
     head: Scheme | None = None
     stored: Mapping[str, StoredScheme] = field(default_factory=dict)
+    kv_cache: str = "model"
 
     def stored_of(self, spec: WeightSpec) -> StoredScheme | None:
         """Of merged weights, which are alike, the first one's."""

@@ -8,7 +8,6 @@ from math import prod
 
 from fastkernels.compiler.memory import arena_layout, item_bytes
 from fastkernels.compiler.plan import Plan
-from fastkernels.config import ModelConfig
 
 
 class EngineMemoryError(MemoryError):
@@ -86,9 +85,13 @@ class Ledger:
         return f"{' + '.join(parts)} + {pages}: together {format_bytes(self.total_bytes)}"
 
 
-def kv_bytes_per_page(config: ModelConfig, page_size: int, element_bytes: int) -> int:
-    """Bytes of one page in the caches of all layers: [2, num_kv_heads, page_size, head_dim] each."""
-    return config.num_layers * 2 * config.num_kv_heads * page_size * config.head_dim * element_bytes
+def kv_bytes_per_page(plan: Plan, page_size: int, element_bytes: int) -> int:
+    """Bytes of one page in the caches of all layers: [2, num_kv_heads, page_size, head_dim] each.
+
+    element_bytes: of the model's dtype
+    """
+    elements = 2 * plan.config.num_kv_heads * page_size * plan.config.head_dim
+    return elements * sum(item_bytes(cache.dtype, element_bytes) for cache in plan.kv_caches)
 
 
 def weights_bytes(plan: Plan, element_bytes: int) -> int:
@@ -121,7 +124,7 @@ def estimate(
         arena_bytes=arena.size_bytes,
         workspaces_bytes=workspaces_bytes + table_bytes,
         graphs_bytes=graphs_bytes,
-        kv_bytes_per_page=kv_bytes_per_page(plan.config, page_size, element_bytes),
+        kv_bytes_per_page=kv_bytes_per_page(plan, page_size, element_bytes),
         page_size=page_size,
         arena_unshared_bytes=arena.unshared_bytes,
         available_bytes=available_bytes,

@@ -81,11 +81,14 @@ OPS: dict[str, _Op] = {
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),
     "rope": _Op(lambda node, values: (*values, "positions", "cos_sin"), {0: (0,), 1: (1,)}),
-    "append_kv": _Op(lambda node, values: (*values, _cache(node), "slot_mapping"), {}),
+    "append_kv": _Op(lambda node, values: (*values, _cache(node), "slot_mapping", *node.weights), {}),
     "rope_append_kv": _Op(
-        lambda node, values: (*values, "positions", "cos_sin", _cache(node), "slot_mapping"), {0: (0,)}
+        lambda node, values: (*values, "positions", "cos_sin", _cache(node), "slot_mapping", *node.weights),
+        {0: (0,)},
     ),
-    "paged_attention": _Op(lambda node, values: (*values, _cache(node), *_ATTENTION_INPUTS), {}),
+    "paged_attention": _Op(
+        lambda node, values: (*values, _cache(node), *_ATTENTION_INPUTS, *node.weights), {}
+    ),
     "silu": _Op(_plain, {0: (0,)}),
     "mul": _Op(_plain, {0: (0, 1)}),
     "add": _Op(_plain, {0: (0, 1)}),
@@ -161,8 +164,14 @@ class _Lowering:
             for name in names:
                 dtype = "float32" if kind == "constant" else "int32"
                 self._add_buffer(Buffer(name, kind, rows=_ROWS_OF_INPUTS.get(name, "all"), dtype=dtype))
+        dtypes = {
+            _cache(node): node.attributes.get("cache")
+            for node in self.graph.nodes
+            if "layer" in node.attributes
+        }
         for layer in range(self.graph.config.num_layers):
-            self._add_buffer(Buffer(kv_cache_name(layer), "kv_cache"))
+            name = kv_cache_name(layer)
+            self._add_buffer(Buffer(name, "kv_cache", dtype=str(dtypes.get(name) or "model")))
         for name, spec in self.graph.weights.items():
             self._add_buffer(Buffer(name, "weight", spec.shape, spec.dtype))
 

@@ -85,6 +85,11 @@ class Plan:
         buffer = self.buffers[name]
         return buffer if buffer.base is None else self.buffers[buffer.base]
 
+    @property
+    def kv_caches(self) -> tuple[Buffer, ...]:
+        """One a layer."""
+        return tuple(buffer for buffer in self.buffers.values() if buffer.kind == "kv_cache")
+
     def describe(self, step: Step) -> tuple[str, str, str, str]:
         """A row of the plan as a table: op, inputs, outputs, attributes."""
         inputs = ", ".join(str(self.buffers[name]) for name in step.inputs)

@@ -47,6 +47,13 @@ def quantize(
         typer.Option(help="fp8, fp8-block, int8, int8-weight, int4-awq, int4-gptq, nvfp4, mxfp4."),
     ],
     kv: Annotated[str | None, typer.Option(help="Scales for a KV cache of 8 bits: fp8 or int8.")] = None,
+    kv_range: Annotated[
+        str | None,
+        typer.Option(
+            help="How their range is chosen: min-max, percentile, mse or entropy; by default mse for fp8, "
+            "min-max for int8."
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="FILE.jsonl or FILE.txt with texts like those the model will see.")
     ] = None,
@@ -81,6 +88,7 @@ def quantize(
                 out,
                 scheme=scheme,
                 kv=kv,
+                kv_range=kv_range,
                 calibration=calibration,
                 samples=samples,
                 sequence_length=sequence_length,

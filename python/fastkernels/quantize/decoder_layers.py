@@ -21,7 +21,7 @@ from fastkernels.models.decoder import DecoderLayer
 from fastkernels.models.layers import Attention
 from fastkernels.ops.reference import rms_norm, round_activation
 from fastkernels.quantize import find_scheme
-from fastkernels.quantize.scheme import QuantizationError, Scheme
+from fastkernels.quantize.scheme import Scheme
 
 _TOKENS_AT_ONCE = 4096  # that go through a layer together, whole texts: what activations take stays small
 _LOGITS_AT_ONCE = 1 << 26
@@ -232,15 +232,3 @@ def round_inputs(linear: nn.Module, scheme: Scheme) -> None:
         return (round_activation(args[0].float(), scheme.activation, torch.float32).to(args[0].dtype),)
 
     linear.register_forward_pre_hook(rounded)
-
-
-def device_for(name: str) -> torch.device:
-    """ "auto" is CUDA where there is a GPU. Raises QuantizationError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise QuantizationError("the device is cuda, and torch finds no GPU; use cpu or auto")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise QuantizationError(f"device is {name!r}; it must be auto, cuda, cuda:<index> or cpu") from None

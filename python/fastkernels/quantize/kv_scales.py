@@ -9,30 +9,38 @@ from torch import Tensor
 
 from fastkernels.quantize.algorithms.grid import nearest
 from fastkernels.quantize.decoder_layers import KVRounding
-from fastkernels.quantize.ranges import estimate_range, scale_of
+from fastkernels.quantize.ranges import Estimator, estimate_range, scale_of
 
 KV_TYPES = {"fp8": "e4m3", "int8": "int8"}
-# What is kept free above the largest value seen: keys that are clipped are those that decide attention, and
-# other texts have larger ones. e4m3 is as fine for a wide range as for a narrow one.
+# What is kept free above the range: keys that are clipped are those that decide attention, and other texts
+# have larger ones. e4m3 is as fine for a wide range as for a narrow one, but for where its steps double.
 HEADROOM = {"fp8": 2.0, "int8": 1.25}
+RANGES: dict[str, Estimator] = {"fp8": "mse", "int8": "min-max"}
+"""How a range is taken from the values unless it is said."""
+_VALUES = 1 << 15  # that are kept of a call; an odd step takes them from every head and dimension
 
 
 class KVObserver(KVRounding):
-    """Keeps the largest key (after the rotation) and value that pass."""
+    """Keeps a sample of the keys (after the rotation) and values that pass, and the largest."""
 
     def __init__(self) -> None:
-        self._largest: dict[str, Tensor] = {}
+        self._seen: dict[str, list[Tensor]] = {}
 
     def __call__(self, which: str, x: Tensor) -> Tensor:
-        _, high = estimate_range(x.flatten()[None])
-        self._largest[which] = torch.maximum(self._largest.get(which, high), high)
+        values = x.flatten().float()
+        step = values.numel() // _VALUES | 1
+        self._seen.setdefault(which, []).append(torch.cat([values[::step], values.abs().amax()[None]]))
         return x
 
-    def scales(self, cache: str) -> dict[str, Tensor]:
-        """ "k" and "v" -> fp32 [1], what a code of 1 stands for."""
-        return {
-            which: scale_of(high * HEADROOM[cache], KV_TYPES[cache]) for which, high in self._largest.items()
-        }
+    def scales(self, cache: str, estimator: Estimator | None = None) -> dict[str, Tensor]:
+        """ "k" and "v" -> fp32 [1], what a code of 1 stands for. estimator: None: that of RANGES."""
+        weight_type = KV_TYPES[cache]
+        found = {}
+        for which, seen in self._seen.items():
+            values = torch.cat(seen)[None]
+            _, high = estimate_range(values, estimator or RANGES[cache], weight_type=weight_type)
+            found[which] = scale_of(high * HEADROOM[cache], weight_type)
+        return found
 
 
 class RoundedKV(KVRounding):

@@ -71,9 +71,8 @@ def quantize_layer(
 def _round(method: Method, weight: Tensor, hessian: Tensor | None, largest: float) -> tuple[Grid, Tensor]:
     if method.algorithm in ("awq", "gptq"):
         assert hessian is not None
-        # AWQ's clips are of least error of the output; GPTQ leaves that error to the columns that follow.
-        clip_by = hessian if method.algorithm == "awq" else None
-        grid = choose_grid(method.scheme, weight, clip_by, largest=largest)
+        # By the weights' error: that of the output is for the columns behind to make up for.
+        grid = choose_grid(method.scheme, weight, largest=largest)
         return grid, gptq(weight, hessian, grid)
     search = method.algorithm != "largest"
     return round_to_nearest(method.scheme, weight, hessian, search=search, largest=largest)

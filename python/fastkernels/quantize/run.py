@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fastkernels.checkpoint import Checkpoint, Tokenizer, model_folder
 from fastkernels.checkpoint.quantized import QuantizedWriter
 from fastkernels.models.decoder import DecoderLayer
+from fastkernels.ops.device import choose_device
 from fastkernels.quantize.algorithms.round_to_nearest import round_to_nearest
 from fastkernels.quantize.calibration import (
     TextWindows,
@@ -24,7 +25,7 @@ from fastkernels.quantize.calibration import (
     evaluation_windows,
     perplexity_warning,
 )
-from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, attention_of, device_for, round_inputs
+from fastkernels.quantize.decoder_layers import GROUPS, DecoderLayers, attention_of, round_inputs
 from fastkernels.quantize.kv_scales import KVObserver, RoundedKV
 from fastkernels.quantize.layer import QuantizedLayer, quantize_layer
 from fastkernels.quantize.methods import (
@@ -35,6 +36,7 @@ from fastkernels.quantize.methods import (
     assign_methods,
     method_for,
 )
+from fastkernels.quantize.ranges import ESTIMATORS, Estimator
 from fastkernels.quantize.scheme import QuantizationError
 from fastkernels.quantize.sensitivity import average_bits, measure_sensitivity, spend_bits
 from fastkernels.quantize.statistics import InputStatistics
@@ -82,6 +84,7 @@ def quantize_checkpoint(
     *,
     scheme: str,
     kv: str | None = None,
+    kv_range: str | None = None,
     calibration: str | Path | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
@@ -98,6 +101,8 @@ def quantize_checkpoint(
 
     scheme:      of ``quantize.methods.METHODS``
     kv:          "fp8" or "int8": scales for a KV cache of 8 bits beside it
+    kv_range:    how their range is taken from the values seen: of ``quantize.ranges.ESTIMATORS``; None: "mse"
+                 for fp8, "min-max" for int8
     calibration: FILE.jsonl or FILE.txt, see ``quantize.calibration``; read where an algorithm needs inputs
     exclude, keep: see ``quantize.methods.assign_methods``
     target_bits: of a weight on average: linears that are worth it get int8-weight instead of the scheme
@@ -115,9 +120,12 @@ def quantize_checkpoint(
         )
     if kv not in (None, *KV_CACHES):
         raise QuantizationError(f"kv is {kv!r}; it must be one of {', '.join(KV_CACHES)}")
+    if kv_range not in (None, *ESTIMATORS) or (kv_range is not None and kv is None):
+        beside = "it goes with kv, and" if kv is None else "it"
+        raise QuantizationError(f"kv_range is {kv_range!r}; {beside} must be one of {', '.join(ESTIMATORS)}")
     config = checkpoint.config
     sequence_length = min(sequence_length, config.max_position_embeddings)
-    layers = DecoderLayers(checkpoint, sequence_length, device_for(device))
+    layers = DecoderLayers(checkpoint, sequence_length, choose_device(device))
     shapes = {name: layers.linear_shape(name) for name in layers.linears}
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (config.vocab_size, config.hidden_size)
@@ -150,9 +158,10 @@ def quantize_checkpoint(
             "methods": {name: method.name for name, method in methods.items()},
             "calibration": None if calibrated is None else _digest(calibrated.token_ids),
             "evaluation": _digest(evaluation.token_ids),
+            "kv_range": kv_range,
         },
     )
-    run = _Run(layers, methods, writer, kv, evaluation, calibrated if needs_inputs else None)
+    run = _Run(layers, methods, writer, (kv, kv_range), evaluation, calibrated if needs_inputs else None)
     errors = []
     for index in range(len(layers)):
         report("layer", index, len(layers), None)
@@ -186,14 +195,14 @@ class _Run:
         layers: DecoderLayers,
         methods: Mapping[str, Method],
         writer: QuantizedWriter,
-        kv: str | None,
+        kv: tuple[str | None, Estimator | None],
         evaluation: TextWindows,
         calibrated: TextWindows | None,
     ) -> None:
         self.layers = layers
         self.methods = methods
         self.writer = writer
-        self.kv = kv
+        self.kv, self.kv_range = kv
         self.evaluation = evaluation
         self.calibrated = calibrated
         self.exact = layers.embed(evaluation.inputs)
@@ -303,7 +312,9 @@ class _Run:
             attention.kv_rounding = observer
             for part in self.layers.batches(self.calibration[:_FEW]):
                 self.layers.forward(layer, part)
-            scales = {which: scale.view(1) for which, scale in observer.scales(self.kv).items()}
+            scales = {
+                which: scale.view(1) for which, scale in observer.scales(self.kv, self.kv_range).items()
+            }
             for which, name in names.items():
                 self.writer.add_plain(name, scales[which])
         attention.kv_rounding = RoundedKV(scales, self.kv)

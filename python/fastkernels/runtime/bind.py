@@ -141,12 +141,12 @@ def _append_kv(inputs: list[Tensor], outputs: list[Tensor], attributes: Attribut
 
 
 def _rope_append_kv(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    q, k, v, positions, cos_sin, kv_cache, slot_mapping = inputs
+    q, k, v, positions, cos_sin, kv_cache, slot_mapping, *scales = inputs
     interleaved = attributes["interleaved"]
     return partial(
         _fk.rope_append_kv.default,
         *(q, k, v, positions, cos_sin, interleaved, kv_cache, slot_mapping),
-        outputs[0],
+        *(outputs[0], *scales),
     )
 
 
@@ -162,10 +162,11 @@ def _attention_plan(inputs: list[Tensor], outputs: list[Tensor], attributes: Att
 
 
 def _paged_attention(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    q, kv_cache, page_table, seq_lens, cu_seqlens_q, work_map, workspace, *scales = inputs
     return partial(
         _fk.paged_attention.default,
-        *inputs,
-        *(attributes["scale"], attributes["window"], attributes["soft_cap"], outputs[0]),
+        *(q, kv_cache, page_table, seq_lens, cu_seqlens_q, work_map, workspace),
+        *(attributes["scale"], attributes["window"], attributes["soft_cap"], outputs[0], *scales),
     )
 
 

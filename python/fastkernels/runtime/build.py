@@ -18,7 +18,7 @@ from fastkernels.checkpoint import (
     model_folder,
     read_generation_config,
 )
-from fastkernels.checkpoint.quantized import QuantizedWeights, StoredLinear
+from fastkernels.checkpoint.quantized import KVKind, QuantizedWeights, StoredKV, StoredLinear
 from fastkernels.compiler import EngineMemoryError, Ledger, Plan, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate, kv_bytes_per_page
 from fastkernels.compiler.tune import (
@@ -34,14 +34,15 @@ from fastkernels.compiler.tune import (
 )
 from fastkernels.compiler.tune.timer import CudaTimer
 from fastkernels.config import ConfigError, EngineConfig, ModelConfig, TuneMode, cache_folder, tune_mode
-from fastkernels.errors import DeviceError, ModelNotFoundError
+from fastkernels.errors import ModelNotFoundError
 from fastkernels.models.presets import PRESETS
+from fastkernels.ops.device import choose_device
 from fastkernels.ops.gemm import matmul_workspace_bytes
 from fastkernels.quantize import on_cuda, stored_on_cuda
 from fastkernels.runtime.engine import Engine
 from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.kv_cache import KVCache
-from fastkernels.runtime.weights import load_weights, random_weights
+from fastkernels.runtime.weights import KV_KINDS, load_weights, random_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LARGEST_BUCKET = 512
@@ -73,6 +74,7 @@ class BuiltEngine:
     ledger: Ledger
     device: torch.device
     dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
     max_seq_len: int
 
 
@@ -102,30 +104,58 @@ def find_model(name: str | Path, *, random_weights: bool) -> ModelSource:
     return ModelSource(str(name), config, read_generation_config(folder, config), checkpoint, tokenizer)
 
 
-def choose_device(name: str) -> torch.device:
-    """Raises DeviceError for a GPU that is not there or that this build has no kernels for."""
-    if name == "cpu":
-        return torch.device("cpu")
-    usable = torch.cuda.is_available() and _C.with_cuda
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DeviceError(f"device {name} was asked for, but torch sees no CUDA GPU; use cpu or auto")
-    if not _C.with_cuda:
-        raise DeviceError(
-            f"device {name} was asked for, but fastkernels was built without CUDA kernels; use cpu or auto"
-        )
-    device = torch.device(name)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise DeviceError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", index)
-
-
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     if name == "auto":
         return config.torch_dtype if device.type == "cuda" else torch.float32
     return _DTYPES[name]
+
+
+def choose_kv_cache(name: str, kv: StoredKV | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The dtype of the KV cache's elements as plans have it: "model", or of bytes.
+
+    name: ``EngineConfig.kv_cache_dtype``; kv: what the checkpoint says about it, None for random weights
+    Warns of FP8 without scales, and where "auto" cannot do as the checkpoint says. Raises ConfigError for
+    bytes that this engine has no kernels or no scales for, and for a dtype other than its own.
+    """
+    of_bytes = {kind: dtype_name for dtype_name, kind in KV_KINDS.items()}
+    if name == "auto":
+        kind = None if kv is None else kv.kind
+        why = None if kind is None else _no_kv_cache(kind, kv, device, dtype)
+        if kv is not None and kv.unread is not None:
+            why = f"fastkernels has none as {kv.unread} asks for"
+        if why is not None:
+            warnings.warn(f"the KV cache is held in {dtype}: {why}", stacklevel=2)
+            kind = None
+    elif name in _DTYPES:
+        if _DTYPES[name] != dtype:
+            own = next(key for key, value in _DTYPES.items() if value == dtype)
+            raise ConfigError(
+                f"kv_cache_dtype is {name}; the cache of this engine, whose dtype is {own}, is {own}, fp8 or "
+                "int8"
+            )
+        return "model"
+    else:
+        kind = "fp8" if name == "fp8" else "int8"
+        if (why := _no_kv_cache(kind, kv, device, dtype)) is not None:
+            raise ConfigError(f"kv_cache_dtype is {name}: {why}")
+    if kind is None:
+        return "model"
+    if kv is not None and not kv.names:
+        warnings.warn(
+            "the checkpoint has no scales for an FP8 KV cache; keys and values are rounded with a scale of "
+            "1, which clips those above 448 (`fastkernels quantize --kv fp8` measures them)",
+            stacklevel=2,
+        )
+    return of_bytes[kind]
+
+
+def _no_kv_cache(kind: KVKind, kv: StoredKV | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an engine cannot have a cache of this kind; None where it can."""
+    if kind == "int8" and kv is not None and len(kv.names) < 2 * kv.checkpoint.config.num_layers:
+        return "an INT8 cache needs a scale for every layer, which `fastkernels quantize --kv int8` measures"
+    if device.type == "cuda" and dtype == torch.float32:
+        return "a KV cache of bytes on CUDA takes an engine of bf16 or fp16; this engine's dtype is fp32"
+    return None
 
 
 def compile_for(
@@ -134,8 +164,9 @@ def compile_for(
     device: torch.device,
     dtype: torch.dtype,
     quantized: QuantizedWeights | None = None,
+    kv: StoredKV | None = None,
 ) -> Plan:
-    """The plan of an engine on this device. quantized: those weights of the checkpoint that are.
+    """The plan of an engine on this device. quantized, kv: of the checkpoint.
 
     Raises ConfigError for schemes that it has no kernels for, and for ``options.quantization`` of what is
     quantised already.
@@ -159,6 +190,7 @@ def compile_for(
         quantization=schemes[0],
         head_quantization=schemes[1],
         stored=stored,
+        kv_cache=choose_kv_cache(options.kv_cache_dtype, kv, device, dtype),
     )
 
 
@@ -226,13 +258,14 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
     dtype = choose_dtype(options.dtype, source.config, device)
     quantized = None if source.checkpoint is None else source.checkpoint.quantized
     report("compiling", 0, 1)
-    plan = compile_for(source.config, options, device, dtype, quantized)
+    kv = None if source.checkpoint is None or options.random_weights else source.checkpoint.kv
+    plan = compile_for(source.config, options, device, dtype, quantized, kv)
     if quantized is not None:
         _warn_of_dense(source.name, quantized.linears, dtype)
     report("compiling", 1, 1)
 
     available_bytes = _available_bytes(device, options.kv_cache_fraction)
-    bytes_per_page = kv_bytes_per_page(source.config, options.page_size, dtype.itemsize)
+    bytes_per_page = kv_bytes_per_page(plan, options.page_size, dtype.itemsize)
     context = source.config.max_position_embeddings
     if options.max_seq_len is not None and options.max_seq_len > context:
         raise ConfigError(f"max_seq_len is {options.max_seq_len}; the model's context has {context} tokens")
@@ -304,7 +337,9 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
         generation_config=source.generation_config,
         buckets=buckets,
     )
-    return BuiltEngine(engine, executor, plan, executor.ledger, device, dtype, max_seq_len)
+    return BuiltEngine(
+        engine, executor, plan, executor.ledger, device, dtype, executor.kv_caches[0].dtype, max_seq_len
+    )
 
 
 def graph_buckets(max_num_tokens: int, max_num_seqs: int) -> list[int]:

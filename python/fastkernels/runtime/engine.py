@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from fastkernels.errors import EngineClosedError, RequestError
 from fastkernels.runtime.detokenize import OutputText, TokenDecoder
 from fastkernels.runtime.kv_cache import KVCache
 from fastkernels.runtime.pack import StepPacker
+from fastkernels.runtime.prompt_logits import LogitsPiece, PromptLogprobs, prompt_logits, score_prompts
 from fastkernels.runtime.sampler import SampledStep, Sampler, SamplingValues, resolve
 from fastkernels.runtime.scheduler import Batch, Request, Scheduler
 from fastkernels.runtime.step import StepBuffers
@@ -220,42 +221,40 @@ class Engine:
         Runs at once, in chunks, beside the requests there are. Raises RequestError for a sequence that cannot
         be served, or while there is no row or too few pages left for it.
         """
+        pieces = self._prompt_logits([self.check_prompt(token_ids, room_for_output=False)], [0])
+        return torch.cat([piece.logits.to("cpu", torch.float32, copy=True) for piece in pieces])
+
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], firsts: Sequence[int]
+    ) -> list[PromptLogprobs]:
+        """Of each prompt's tokens from number ``first``, at least 1, on: how likely they were.
+
+        Many prompts a step, reduced on the device. Raises RequestError as ``logits``, before anything runs
+        for prompts that cannot be served.
+        """
+        checked = [self._check_scored(*both) for both in zip(prompts, firsts, strict=True)]
+        pieces = self._prompt_logits([prompt[:-1] for prompt in checked], [first - 1 for first in firsts])
+        return score_prompts(pieces, checked, firsts)
+
+    def _check_scored(self, token_ids: Sequence[int] | np.ndarray, first: int) -> np.ndarray:
+        if not 1 <= first < len(token_ids):
+            raise RequestError(
+                f"logprobs from token {first} of a prompt of {len(token_ids)}; it must be one from 1 on"
+            )
+        before = self.check_prompt(token_ids[:-1], room_for_output=False)
+        return np.append(before, self.check_prompt(token_ids[-1:], room_for_output=False))
+
+    def _prompt_logits(self, prompts: Sequence[np.ndarray], firsts: Sequence[int]) -> Iterator[LogitsPiece]:
         if self._closed:
             raise EngineClosedError("the engine is closed; make a new one to serve requests")
-        tokens = self.check_prompt(token_ids, room_for_output=False)
-        row = self.scheduler.borrow_row(len(tokens))
-        if row is None:
-            needed = self.kv_cache.pages_for(len(tokens))
-            raise RequestError(
-                f"logits of {len(tokens)} tokens need a row and {needed} KV pages, and beside the requests "
-                f"that run {self.kv_cache.num_free} pages are free; ask again when some have ended"
-            )
-        request = Request.from_prompt(-1, tokens, 0)
-        request.row = row
-        rows = []
-        try:
-            for start in range(0, len(tokens), self.scheduler.max_num_tokens):
-                count = min(self.scheduler.max_num_tokens, len(tokens) - start)
-                rows += self._chunk_logits(
-                    Batch([request], [start], [count], num_tokens=count, decodes_only=False)
-                )
-        finally:
-            self.scheduler.return_row(row)
-        return torch.cat(rows)
-
-    def _chunk_logits(self, batch: Batch) -> list[torch.Tensor]:
-        """The head takes at most max_num_seqs rows at a time, so it runs several times over one body."""
-        batch.sampled = [False]
-        rows = []
-        for begin in range(0, batch.num_tokens, self._inputs.max_num_seqs):
-            count = min(self._inputs.max_num_seqs, batch.num_tokens - begin)
-            pages = self._packer.pack(batch, batch.num_tokens)
-            self._inputs.host.logits_indices[:count] = np.arange(begin, begin + count)
-            self._inputs.upload(pages)
-            if begin == 0:
-                self._executor.run_body(batch.num_tokens)
-            rows.append(self._executor.run_head(count).to("cpu", torch.float32, copy=True))
-        return rows
+        return prompt_logits(
+            self._executor,
+            self.scheduler,
+            self._packer,
+            lambda num_tokens: self._padded(num_tokens)[0],
+            prompts,
+            firsts,
+        )
 
     # --- the loop ------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Executor:
         self.page_size = page_size
         self.num_pages = 0
         self.inputs = StepBuffers(max_num_tokens, max_num_seqs, -(-max_seq_len // page_size), self.device)
-        self.kv_bytes_per_page = kv_bytes_per_page(plan.config, page_size, dtype.itemsize)
+        self.kv_bytes_per_page = kv_bytes_per_page(plan, page_size, dtype.itemsize)
         self.kv_caches: list[Tensor] = []
         self._layer_of_cache = {kv_cache_name(layer): layer for layer in range(plan.config.num_layers)}
         self._weights = _checked_weights(plan, weights, self.device, dtype)
@@ -108,7 +108,8 @@ class Executor:
         )
 
     def set_kv_cache(self, num_pages: int) -> None:
-        """Allocates the layers' caches, [num_pages, 2, num_kv_heads, page_size, head_dim] each, zeroed.
+        """Allocates the layers' caches, [num_pages, 2, num_kv_heads, page_size, head_dim] each, zeroed, in
+        the plan's dtype.
 
         Replaces those there are, with their contents, and drops the graphs, which hold their addresses.
         """
@@ -119,7 +120,8 @@ class Executor:
         self.kv_caches = []  # the old ones go before the new ones come
         shape = (num_pages, 2, config.num_kv_heads, self.page_size, config.head_dim)
         self.kv_caches = [
-            torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.num_layers)
+            torch.zeros(shape, dtype=self._dtype_of(cache), device=self.device)
+            for cache in self.plan.kv_caches
         ]
         self.num_pages = num_pages
 
@@ -237,10 +239,14 @@ class Executor:
         tensor = self._given(buffer)
         return tensor if rows is None else tensor[:rows]
 
+    def _dtype_of(self, buffer: Buffer) -> torch.dtype:
+        named: torch.dtype = self.dtype if buffer.dtype == "model" else getattr(torch, buffer.dtype)
+        return named
+
     def _arena_rows(self, buffer: Buffer, rows: int) -> Tensor:
         """[rows, *row_shape] within the rows of the buffer that owns the memory."""
         root = self.plan.root(buffer.name)
-        dtype = self.dtype if buffer.dtype == "model" else getattr(torch, buffer.dtype)
+        dtype = self._dtype_of(buffer)
         begin = self._layout.offsets[root.name]
         whole = self._arena[begin : begin + rows * root.row_size * dtype.itemsize].view(dtype)
         row_strides = [prod(buffer.row_shape[i + 1 :]) for i in range(len(buffer.row_shape))]

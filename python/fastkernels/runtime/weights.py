@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.checkpoint.errors import CheckpointError
+from fastkernels.checkpoint.quantized import KVKind, is_kv_scale
 from fastkernels.checkpoint.quantized.formats import dense_weight
 from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import Plan, WeightSpec
@@ -20,6 +21,11 @@ from fastkernels.quantize.repacked import SUFFIX
 Progress = Callable[[int, int], None]
 """Called with the weights that are ready and the number there are."""
 
+KV_KINDS: dict[str, KVKind] = {"float8_e4m3fn": "fp8", "int8": "int8"}
+"""Dtype of a KV cache of bytes -> what checkpoints call it."""
+
+_NO_KV_SCALE = 1.0  # of e4m3, which reaches far enough for what models keep; int8 is refused without
+_RANDOM_KV_SCALE = {"fp8": 1.0, "int8": 1 / 16}
 _DERIVED = (".rotary_emb.inv_freq",)  # saved by old checkpoints, computed by the engine
 
 
@@ -42,6 +48,10 @@ def load_weights(
     _check_names(plan, checkpoint)
 
     def load(spec: WeightSpec) -> Tensor:
+        if spec.how == "kv_scale":
+            stored = checkpoint.kv.read(spec.name, spec.shape[0], kv_kind(plan))
+            missing = torch.full(spec.shape, _NO_KV_SCALE)
+            return (missing if stored is None else stored).to(device)
         return _load(spec, checkpoint, torch.device(device), dtype)
 
     def load_as_stored(spec: WeightSpec) -> Tensor:
@@ -69,6 +79,8 @@ def random_weights(
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(spec: WeightSpec) -> Tensor:
+        if spec.how == "kv_scale":
+            return torch.full(spec.shape, _RANDOM_KV_SCALE[kv_kind(plan)], device=device)
         weight = torch.empty(spec.shape, dtype=dtype, device=device)
         if len(spec.shape) == 2:
             weight.normal_(0.0, spec.shape[1] ** -0.5, generator=generator)
@@ -83,6 +95,11 @@ def random_weights(
         return {**_quantize(quantized, make), "permutation": torch.arange(in_size, device=device)}
 
     return _make_all(plan, make, make_parts, progress)
+
+
+def kv_kind(plan: Plan) -> KVKind:
+    """Of a plan whose KV cache is of bytes."""
+    return KV_KINDS[plan.kv_caches[0].dtype]
 
 
 def _make_all(
@@ -172,7 +189,7 @@ def _check_names(plan: Plan, checkpoint: Checkpoint) -> None:
         if name not in wanted
         and name not in aliases
         and not name.endswith(_DERIVED)
-        and not (quantized is not None and quantized.holds(name))
+        and not (is_kv_scale(name) if quantized is None else quantized.holds(name))
     ]
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""

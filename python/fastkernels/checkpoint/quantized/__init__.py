@@ -4,7 +4,18 @@
 """
 
 from fastkernels.checkpoint.quantized.formats import QuantizedWeights, open_quantized, quantization_config
+from fastkernels.checkpoint.quantized.kv_cache import KVKind, StoredKV, is_kv_scale, open_kv
 from fastkernels.checkpoint.quantized.stored import StoredLinear
 from fastkernels.checkpoint.quantized.writer import QuantizedWriter
 
-__all__ = ["QuantizedWeights", "QuantizedWriter", "StoredLinear", "open_quantized", "quantization_config"]
+__all__ = [
+    "KVKind",
+    "QuantizedWeights",
+    "QuantizedWriter",
+    "StoredKV",
+    "StoredLinear",
+    "is_kv_scale",
+    "open_kv",
+    "open_quantized",
+    "quantization_config",
+]

@@ -16,6 +16,7 @@ from fastkernels.checkpoint.quantized.awq import read_awq
 from fastkernels.checkpoint.quantized.compressed_tensors import read_compressed_tensors
 from fastkernels.checkpoint.quantized.deepseek_fp8 import read_fp8
 from fastkernels.checkpoint.quantized.gptq import read_gptq
+from fastkernels.checkpoint.quantized.kv_cache import is_kv_scale
 from fastkernels.checkpoint.quantized.modelopt import read_modelopt
 from fastkernels.checkpoint.quantized.stored import Module, StoredLinear
 from fastkernels.models import build
@@ -40,8 +41,6 @@ _LEAVES = (
     *("weight_zero_point", "weight_g_idx", "weight_shape", "qweight", "qzeros", "scales", "g_idx"),
     *("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"),
 )
-_KV_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale", "k_zero_point", "v_zero_point")
-_ATTENTION = (".self_attn", ".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", ".self_attn.attn")
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,6 @@ class QuantizedWeights:
         if leaf == "bias":
             return not bool(self.linears[module].module.tensors.tensor(name).any())
         return leaf in _LEAVES or is_kv_scale(name)
-
-
-def is_kv_scale(name: str) -> bool:
-    """The cache is kept in the model's dtype, so its scales are read by nobody yet."""
-    module, _, leaf = name.rpartition(".")
-    return leaf in (*_KV_SCALES, "output_scale") and module.endswith(_ATTENTION)
 
 
 def open_quantized(checkpoint: Checkpoint) -> QuantizedWeights | None:

@@ -18,7 +18,7 @@ from fastkernels.checkpoint.errors import CheckpointError
 from fastkernels.checkpoint.json_file import read_json_object
 from fastkernels.checkpoint.quantized.compressed_tensors import read_compressed_tensors
 from fastkernels.checkpoint.quantized.encode import encode, encoding_of
-from fastkernels.checkpoint.quantized.formats import is_kv_scale
+from fastkernels.checkpoint.quantized.kv_cache import is_kv_scale
 from fastkernels.checkpoint.quantized.stored import Module, StoredLinear
 from fastkernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from fastkernels.checkpoint.safetensors_file import SafetensorsFile

@@ -17,6 +17,7 @@ from fastkernels.compiler.passes.fuse_quantize import fuse_quantize
 from fastkernels.compiler.passes.merge_gate_up import merge_gate_up
 from fastkernels.compiler.passes.merge_qkv import merge_qkv
 from fastkernels.compiler.passes.quantize import quantize
+from fastkernels.compiler.passes.quantize_kv import quantize_kv
 from fastkernels.compiler.passes.rope_append import rope_append
 from fastkernels.compiler.passes.select_rows import select_rows
 
@@ -33,6 +34,7 @@ PASSES: dict[str, Pass] = {
     "select_rows": select_rows,
     "quantize": quantize,
     "fuse_quantize": fuse_quantize,
+    "quantize_kv": quantize_kv,
 }
 
 

@@ -1,9 +1,8 @@
-"""AWQ: scale up the columns that matter before rounding, scale their inputs down, and clip what is left.
+"""AWQ: scale up the columns that matter before rounding, and their inputs down.
 
 Columns times s, inputs over s: the product is the same, but a column with a larger s is rounded more finely
-beside its group's others. s = mean|x|^strength, the strength searched; then for every group of every row the
-share of its largest magnitude at which clipping costs least. Errors are those of the linear's output, by the
-mean of x x^T.
+beside its group's others. s = mean|x|^strength, the strength searched by the error of the linear's output, by
+the mean of x x^T. Clips, for every group of every row, are ``choose_grid``'s.
 Source: Lin, Tang, Tang, Yang, Dang and Han 2023, AWQ, section 3.
 """
 

@@ -1,0 +1,55 @@
+"""Scales of a KV cache of 8 bits from the keys and values that passed."""
+
+import pytest
+import torch
+
+from fastkernels.quantize.kv_scales import HEADROOM, KVObserver, RoundedKV
+from fastkernels.quantize.ranges import ESTIMATORS
+
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+
+
+def observed(device: torch.device) -> tuple[KVObserver, dict[str, torch.Tensor]]:
+    """Three batches [2, 4, 300, 64] of keys with a few loud dimensions, more than an observer keeps."""
+    seen: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
+    observer = KVObserver()
+    loud = torch.ones(64).index_fill(0, torch.tensor([3, 40]), 9.0)
+    for _ in range(3):
+        for which, by in (("k", loud), ("v", torch.ones(64))):
+            x = (torch.randn(2, 4, 300, 64) * by).to(device)
+            assert observer(which, x) is x
+            seen[which].append(x)
+    return observer, {which: torch.stack(pieces) for which, pieces in seen.items()}
+
+
+@pytest.mark.parametrize("cache", HEADROOM)
+def test_the_largest_has_room_above_it(cache, device):
+    observer, seen = observed(device)
+    for which, scale in observer.scales(cache, "min-max").items():
+        assert scale.shape == (1,) and scale.dtype == torch.float32
+        expected = seen[which].abs().amax() * HEADROOM[cache] / LARGEST[cache]
+        torch.testing.assert_close(scale[0], expected)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("cache", HEADROOM)
+def test_ranges(cache, estimator, device):
+    """Every range lies within the values' own, and rounds them well enough."""
+    observer, seen = observed(device)
+    widest, found = observer.scales(cache, "min-max"), observer.scales(cache, estimator)
+    rounding = RoundedKV(found, cache)
+    for which, scale in found.items():
+        assert 0.2 * widest[which] <= scale <= widest[which] * (1 + 1e-6)
+        error = (rounding(which, seen[which]) - seen[which]).norm() / seen[which].norm()
+        assert error < 0.08
+
+
+def test_fp8_is_searched_by_squared_error_unless_it_is_said(device):
+    observer, seen = observed(device)
+    found, widest = observer.scales("fp8"), observer.scales("fp8", "min-max")
+    assert found == observer.scales("fp8", "mse")
+    errors = [
+        (RoundedKV(scales, "fp8")("k", seen["k"]) - seen["k"]).square().sum() for scales in (found, widest)
+    ]
+    assert errors[0] <= errors[1] * (1 + 1e-3)
+    assert observer.scales("int8") == observer.scales("int8", "min-max")
