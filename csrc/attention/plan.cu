@@ -3,8 +3,8 @@
 // One block, three phases: (1) a scan over the sequences counts their row tiles; (2) a thread a tile counts the blocks
 // of keys the tile sees, whose sum W over a list gives the length of its splits, c = ceil(W / target) but at least
 // kMinSplitTiles; (3) a scan over the tiles gives each its ceil(blocks / c) items and its place in the workspace.
-// So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Decode items are
-// counted first, and c is raised until they fit one wave, since a few in a second one would be waited for; but not
+// So no item is longer than c unless the GPU is full without splitting, whatever the mix of lengths. Items are counted
+// first, and c is raised until there are no more than the target, since the few above it would be waited for; but not
 // where that leaves a third of the GPU idle. Tiles of a sequence come last first, since under a causal mask those see
 // most keys. Bytes: 8 a sequence read, 48 an item written.
 #include "attention/attention_sm90.h"
@@ -113,27 +113,28 @@ __device__ __forceinline__ int count_splits(const Tile& tile, int list, int64_t 
     return max(1, static_cast<int>(min(splits, static_cast<int64_t>(most))));
 }
 
-// Blocks of keys a split of decode tiles, c or as much more as makes their items fit one wave. Every thread of the
-// block calls it.
-__device__ int64_t fit_one_wave(int64_t c, int num_tiles, const int* first_tile, const PlanArgs& a, uint64_t* scratch) {
-    const int64_t wave = a.lists[0].target;
+// Blocks of keys a split of a list's tiles, c or as much more as keeps their items within the target. Every thread of
+// the block calls it.
+__device__ int64_t fit_target(int64_t c, int list, int num_tiles, const int* first_tile, const PlanArgs& a,
+                              uint64_t* scratch) {
+    const int64_t most = a.lists[list].target;
     int64_t fitting = c, items = 0;
     for (int attempt = 0; attempt < 12; ++attempt) {
         uint64_t counts = 0, total;  // of items, and in the upper half of tiles
         for (int t = threadIdx.x; t < num_tiles; t += kThreads) {
             const Tile tile = find_tile(t, first_tile, a);
-            if (list_of(tile.lengths, a) == 0) {
-                counts += (uint64_t{1} << 32) + count_splits(tile, 0, fitting);
+            if (list_of(tile.lengths, a) == list) {
+                counts += (uint64_t{1} << 32) + count_splits(tile, list, fitting);
             }
         }
         block_exclusive_scan(counts, &total, scratch);
         items = static_cast<int64_t>(total & 0xffffffff);
-        if (items <= wave || static_cast<int64_t>(total >> 32) > wave) {
+        if (items <= most || static_cast<int64_t>(total >> 32) > most) {
             break;
         }
-        fitting += max(fitting * (items - wave) / (2 * wave), int64_t{1});
+        fitting += max(fitting * (items - most) / (2 * most), int64_t{1});
     }
-    return items * 10 >= wave * 7 ? fitting : c;
+    return items * 10 >= most * 7 ? fitting : c;
 }
 
 // The items of a list, in the order of the tiles; returns their number. Every thread of the block calls it.
@@ -220,11 +221,9 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     for (int i = 0; i < 2; ++i) {
         block_exclusive_scan(key_blocks[i], &all_key_blocks[i], scratch);
         const int64_t target = a.lists[i].target;
-        int64_t blocks_per_split = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
-                                       (static_cast<int64_t>(all_key_blocks[i]) + target - 1) / target);
-        if (i == 0) {
-            blocks_per_split = fit_one_wave(blocks_per_split, static_cast<int>(num_tiles), first_tile, a, scratch);
-        }
+        const int64_t share = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
+                                  (static_cast<int64_t>(all_key_blocks[i]) + target - 1) / target);
+        const int64_t blocks_per_split = fit_target(share, i, static_cast<int>(num_tiles), first_tile, a, scratch);
         const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
         if (thread == 0) {
             a.p.work_map[i] = static_cast<int>(num_items);

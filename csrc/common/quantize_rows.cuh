@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
         source.compute(raw[j], x);
         if (rows.bytes.kind == ScaleKind::block) {
             const float scale = block_scale<Byte>(x);
-            inverse_scale = rcp_approx(scale);
+            inverse_scale = rcp_rounded(scale);
             if (at < size && threadIdx.x % kLanes == 0) {
                 rows.bytes.scales[token * (size / kScaleBlock) + at / kScaleBlock] = scale;
             }

@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
             float inverse = inverse_scale;
             if (p.bytes.kind == ScaleKind::block) {
                 const float byte_scale = block_scale<Out>(y);
-                inverse = rcp_approx(byte_scale);
+                inverse = rcp_rounded(byte_scale);
                 constexpr int kLanes = kScaleBlock / kVec;
                 if (is_there && piece % kLanes == 0) {
                     p.bytes.scales[row * (p.size / kScaleBlock) + piece / kLanes] = byte_scale;

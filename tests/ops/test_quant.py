@@ -115,6 +115,17 @@ def test_every_value_rounds_as_torch_does(byte, device):
     assert torch.equal(result.float(), expected.float())
 
 
+@pytest.mark.parametrize("per", ["token", "block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_round_as_on_the_cpu(per, dtype, device):
+    """Of 11 bits and fewer many lie on ties once scaled, where a last bit of the scale's inverse decides."""
+    x = torch.randn(64, 4096).to(dtype)
+    expected, expected_scales = reference.quantize(x, per)
+    result, scales = ops.quantize(x.to(device), per=per)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(result.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_zeros_and_extremes(device):
     x = torch.zeros(4, 256, device=device)
     x[1, 7], x[2, 3], x[2, 200], x[3] = 1e-38, 3e38, -1.0, 5.0
