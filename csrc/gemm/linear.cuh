@@ -281,20 +281,30 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     }
 }
 
-template <typename T, MatmulScales kScales, int kTokenTiles>
-void launch_linear(const MatmulParams& p, void* stream) {
-    constexpr int kWarps = 8, kDepth = 4, kAhead = kTokenTiles == 1 && kScales != MatmulScales::block ? 4 : 2;
-    launch(linear_kernel<T, kScales, kTokenTiles, kWarps, kDepth, kAhead, 3>,
-           {.grid = dim3(static_cast<unsigned>((p.out_size * (p.gated ? 2 : 1) + kRows - 1) / kRows)),
+template <typename T, MatmulScales kScales, int kTokenTiles, int kDepth, int kAhead, int kBlocks>
+void launch_linear(const MatmulParams& p, unsigned blocks, void* stream) {
+    constexpr int kWarps = 8;
+    launch(linear_kernel<T, kScales, kTokenTiles, kWarps, kDepth, kAhead, kBlocks>,
+           {.grid = dim3(blocks),
             .block = dim3(kWarps * 32),
             .shared_bytes = kWarps * kDepth * kPieces * 32 * sizeof(uint4),
             .pdl = true},
            stream, p);
 }
 
+// Three blocks an SM; two, with more in flight, where there are no more than that: of three, some SMs would get all.
 template <typename T, MatmulScales kScales>
 void run_linear(const MatmulParams& p, void* stream) {
-    p.num_tokens <= 8 ? launch_linear<T, kScales, 1>(p, stream) : launch_linear<T, kScales, 2>(p, stream);
+    const auto blocks = static_cast<unsigned>((p.out_size * (p.gated ? 2 : 1) + kRows - 1) / kRows);
+    if (p.num_tokens <= 8) {
+        if (blocks <= 2u * static_cast<unsigned>(num_sms())) {
+            launch_linear<T, kScales, 1, 6, 6, 2>(p, blocks, stream);
+        } else {
+            launch_linear<T, kScales, 1, 4, kScales == MatmulScales::block ? 2 : 4, 3>(p, blocks, stream);
+        }
+    } else if constexpr (kScales != MatmulScales::block) {
+        launch_linear<T, kScales, 2, 4, 2, 3>(p, blocks, stream);
+    }
 }
 
 }  // namespace
