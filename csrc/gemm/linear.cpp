@@ -1,6 +1,6 @@
 // out = x weight^T + bias for a few tokens: a task owns kRows rows of the weight, reads them once and multiplies them
-// with up to kTokens tokens at a time. Sums in fp32, kWidth lanes along K that are added at the end. Gated, its rows are
-// of the gate, and those of up follow.
+// with up to kTokens tokens at a time. Sums in fp32, kWidth lanes along K that are added at the end. Gated, its rows
+// are of the gate, and those of up follow.
 #include <algorithm>
 #include <cmath>
 

@@ -4,16 +4,16 @@
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
 //   T, of x and weight: bf16 | fp16, which bias and out have too, or e4m3 | int8 with scales; K whole 16 bytes
 //
-// A block owns 16 rows of the weight and all of K; its warps take chunks of 128 bytes along K in turn, so that the block
-// reads kWarps * 128 bytes of a row at a time. The weight is the A operand. cp.async brings it to shared memory, kDepth
-// chunks ahead, where each lane has places of its own and waits for no other: a lane's 16 bytes of a row are neighbours
-// along K where the mma wants two words 16 bytes apart, which only renames the indices of the sum, since the tokens (the
-// B operand) are read in the same order, kAhead chunks ahead, into registers. The warps' sums meet in shared memory and
-// are added in the order of the warps. Scales of a token and a row multiply the whole sum, scales of blocks (128
-// elements, a chunk) that of each chunk. Gated, a block owns 8 rows of the gate and the same 8 of up.
+// A block owns 16 rows of the weight and all of K; its warps take chunks of 128 bytes along K in turn, so that the
+// block reads kWarps * 128 bytes of a row at a time. The weight is the A operand. cp.async brings it to shared memory,
+// kDepth chunks ahead, where each lane has places of its own and waits for no other: a lane's 16 bytes of a row are
+// neighbours along K where the mma wants two words 16 bytes apart, which only renames the indices of the sum, since the
+// tokens (the B operand) are read in the same order, kAhead chunks ahead, into registers. The warps' sums meet in
+// shared memory and are added in the order of the warps. Scales of a token and a row multiply the whole sum, scales of
+// blocks (128 elements, a chunk) that of each chunk. Gated, a block owns 8 rows of the gate and the same 8 of up.
 //
-// Shared memory and not registers, since loads to registers in flight are kept in L1: how much of it there is depends on
-// the shared memory of whatever kernel the SM ran before (docs/kernels/gemm.md).
+// Shared memory and not registers, since loads to registers in flight are kept in L1: how much of it there is depends
+// on the shared memory of whatever kernel the SM ran before (docs/kernels/gemm.md).
 //
 // In flight: kWarps * kDepth * 2 KB a block. Bytes: the weight once; x once a block, from L2.
 // Source: none; the layout trick is common to kernels that multiply straight from global memory.
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     const T* weight[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int64_t row = min(first_row + (gated ? 0 : half * 8) + g, p.out_size - 1) + (gated ? half * p.out_size : 0);
+        const int64_t row =
+            min(first_row + (gated ? 0 : half * 8) + g, p.out_size - 1) + (gated ? half * p.out_size : 0);
         weight[half] = static_cast<const T*>(p.weight) + row * p.weight_row_stride + warp * kChunk + t * kPiece;
     }
     const T* x[kTokenTiles];

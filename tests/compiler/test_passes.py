@@ -25,7 +25,7 @@ def _ops(name: str, **options) -> Counter:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kernels_before_and_after(name):
-    """A layer is 16 kernels as traced (18 with head norms) and 8 fused (10), or one more where gate and up have biases."""
+    """A layer is 16 kernels as traced (18 with head norms) and 8 fused (10); 9 with biases of gate and up."""
     head_norms = 2 if name == "qwen3" else 0
     report = compile_model(CONFIGS[name]).report
     assert report.kernels_before == OUTSIDE + NUM_LAYERS * (16 + head_norms)

@@ -75,7 +75,9 @@ def test_opcheck_and_compile(device):
     x, weight = operands(3, 64, 24, torch.bfloat16, device)
     out = torch.empty(3, 24, device=device, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.fastkernels.linear_silu_mul.default, (x, weight, False, out))
-    compiled = torch.compile(lambda a: ops.linear_silu_mul(a, weight) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda a: ops.linear_silu_mul(a, weight) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(x), ops.linear_silu_mul(x, weight) + 1)
 
 
@@ -96,9 +98,13 @@ def test_refuses_what_it_does_not_take(device):
     with pytest.raises(ValueError, match=r"out has shape \[3, 23\], but the op takes \[num_tokens"):
         ops.linear_silu_mul(x, weight, out=torch.empty(3, 23, device=device, dtype=torch.bfloat16))
     if device.type == "cuda":
-        with pytest.raises(ValueError, match="linear_silu_mul on CUDA: x is fp32, but the op takes bf16, fp16"):
+        with pytest.raises(
+            ValueError, match="linear_silu_mul on CUDA: x is fp32, but the op takes bf16, fp16"
+        ):
             ops.linear_silu_mul(x.float(), weight.float())
-        with pytest.raises(ValueError, match="linear_silu_mul on CUDA: in_size is 60; it must be a multiple of 8"):
+        with pytest.raises(
+            ValueError, match="linear_silu_mul on CUDA: in_size is 60; it must be a multiple of 8"
+        ):
             ops.linear_silu_mul(x[:, :60], weight[:, :60])
         with pytest.raises(Exception, match="must be aligned to 16 bytes"):
             ops.linear_silu_mul(x[:, 1:57], weight[:, 1:57])

@@ -117,14 +117,15 @@ def linear_silu_mul(
     constant_weight: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = silu(x gate^T) * (x up^T) for the few tokens of a decode step, the weight being gate's rows, then up's.
+    """y = silu(x gate^T) * (x up^T) for the few tokens of a decode step; weight is gate's rows, then up's.
 
     x:      [num_tokens, in_size], up to LINEAR_MAX_TOKENS (16) tokens, as ``linear`` takes it
     weight: [2 * out_size, in_size], dtype of x; last dimension contiguous
     constant_weight: as of ``linear``
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
-    Returns out. Both products stay in fp32, and the result is rounded once, where ``silu_mul(linear(x, weight))``
-    rounds them too; bitwise repeatable; a token's result does not depend on the others; safe in a CUDA graph.
+    Returns out. Both products stay in fp32, and the result is rounded once, where ``silu_mul(linear(x,
+    weight))`` rounds them too; bitwise repeatable; a token's result does not depend on the others; safe in a
+    CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernels: csrc/gemm/linear.cuh, linear.cpp. Source: Shazeer 2020 (SwiGLU).
     """
@@ -134,7 +135,9 @@ def linear_silu_mul(
     require(x.dim() == 2, f"{op}: x has shape {list(x.shape)}, but the op takes [num_tokens, in_size]")
     num_tokens, in_size = x.shape
     check_shape(op, "weight", weight, (None, in_size), "[2 * out_size, in_size], with the in_size of x")
-    require(weight.shape[0] % 2 == 0, f"{op}: weight has {weight.shape[0]} rows; gate and up have as many each")
+    require(
+        weight.shape[0] % 2 == 0, f"{op}: weight has {weight.shape[0]} rows; gate and up have as many each"
+    )
     shape = (num_tokens, weight.shape[0] // 2)
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else as_tensor(out)
     check_shape(op, "out", out, shape, "[num_tokens, out_size]")

@@ -1,9 +1,9 @@
-"""The merged gate and up projection and the activation over it, in one kernel for the few tokens of a decode step.
+"""The merged gate and up projection and the activation over it, in one kernel for a decode step's few tokens.
 
     silu_mul(linear(x; W))   ->   linear_silu_mul(x; W)
 
-The second output of the new node is what ``linear`` gave: room that steps of more tokens need, which still take two
-kernels (``runtime/bind.py``). Behind quantize, since only weights as they are have such a kernel.
+The second output of the new node is what ``linear`` gave: room that steps of more tokens need, which still
+take two kernels (``runtime/bind.py``). Behind quantize, since only weights as they are have such a kernel.
 """
 
 from __future__ import annotations
