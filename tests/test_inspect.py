@@ -26,7 +26,7 @@ def test_demo():
     for words in ("qkv_proj[0:256]", "layers 1 to 8", "8 steps each", "rope_append_kv", "paged_attention"):
         assert words in text
     assert "trace (before fusion)      166" in text
-    assert "plan (after fusion)         96" in text
+    assert "plan (after fusion)         86" in text
     assert "weights 15.14 MiB + arena" in text
 
 
