@@ -44,7 +44,7 @@ def _on_the_cpu(oracle: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 if os.environ.get("FASTKERNELS_REFERENCE_ON_CPU"):  # compute-sanitizer's racecheck breaks cuBLAS's kernels
-    for _name in ("attention", "paged_attention", "linear", "quantized_linear"):
+    for _name in ("attention", "paged_attention", "linear", "linear_silu_mul", "quantized_linear"):
         setattr(reference, _name, _on_the_cpu(getattr(reference, _name)))
 
 

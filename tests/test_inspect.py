@@ -23,10 +23,10 @@ def _inspect(*arguments: str) -> str:
 def test_demo():
     text = _inspect("demo")
     assert text.startswith("demo: LlamaForCausalLM, 10 layers")
-    for words in ("qkv_proj[0:256]", "layers 1 to 8", "9 steps each", "rope_append_kv", "paged_attention"):
+    for words in ("qkv_proj[0:256]", "layers 1 to 8", "8 steps each", "rope_append_kv", "paged_attention"):
         assert words in text
     assert "trace (before fusion)      166" in text
-    assert "plan (after fusion)         96" in text
+    assert "plan (after fusion)         86" in text
     assert "weights 15.14 MiB + arena" in text
 
 

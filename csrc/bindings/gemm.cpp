@@ -32,6 +32,32 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool constant_w
     FK_LAUNCH(linear, x, p);
 }
 
+// weight: the rows of the gate, then those of up
+void linear_silu_mul(Tensor x, Tensor weight, bool constant_weight, Tensor y) {
+    check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) == y.size(0) &&
+              weight.size(0) == 2 * y.size(1),
+          "linear_silu_mul: x must be [num_tokens, in_size], weight [2 * out_size, in_size] and out [num_tokens, "
+          "out_size]");
+    check(x.size(0) <= kLinearMaxTokens, "linear_silu_mul: num_tokens is ", x.size(0), ", but the op takes at most ",
+          kLinearMaxTokens);
+    LinearParams p{};
+    p.x = in(x);
+    p.weight = in(weight);
+    p.out = out(y);
+    p.num_tokens = x.size(0);
+    p.in_size = x.size(1);
+    p.out_size = y.size(1);
+    p.x_token_stride = x.stride(0);
+    p.weight_row_stride = weight.stride(0);
+    p.out_token_stride = y.stride(0);
+    p.constant_weight = constant_weight;
+    p.gated = true;
+    p.dtype = dtype_of(x, "x");
+    check(dtype_of(weight, "weight") == p.dtype && dtype_of(y, "out") == p.dtype,
+          "linear_silu_mul: weight and out must have the dtype of x");
+    FK_LAUNCH(linear, x, p);
+}
+
 ScaleType scale_type_of(const Tensor& scales) {
     using torch::headeronly::ScalarType;
     switch (scales.scalar_type()) {
@@ -226,6 +252,7 @@ void weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, std::option
 
 void register_gemm(torch::stable::detail::StableLibrary& m) {
     m.impl("linear", TORCH_BOX(&linear));
+    m.impl("linear_silu_mul", TORCH_BOX(&linear_silu_mul));
     m.impl("matmul", TORCH_BOX(&matmul));
     m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     m.impl("interleave_rows", TORCH_BOX(&interleave_rows));
@@ -237,6 +264,7 @@ void register_gemm(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool constant_weight, Tensor(a!) out) -> ()");
+    m.def("linear_silu_mul(Tensor x, Tensor weight, bool constant_weight, Tensor(a!) out) -> ()");
     m.def(
         "matmul(Tensor x, Tensor weight, Tensor? x_scales, Tensor? weight_scales, Tensor? bias, bool constant_weight, "
         "int tactic, Tensor(a!) workspace, Tensor(b!) out) -> ()");

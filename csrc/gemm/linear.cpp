@@ -1,6 +1,8 @@
 // out = x weight^T + bias for a few tokens: a task owns kRows rows of the weight, reads them once and multiplies them
-// with up to kTokens tokens at a time. Sums in fp32, kWidth lanes along K that are added at the end.
+// with up to kTokens tokens at a time. Sums in fp32, kWidth lanes along K that are added at the end. Gated, its rows
+// are of the gate, and those of up follow.
 #include <algorithm>
+#include <cmath>
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/simd.h"
@@ -55,6 +57,16 @@ inline void multiply(const LinearParams& p, int64_t row, int64_t token) {
     const T* x = static_cast<const T*>(p.x) + token * p.x_token_stride;
     float y[kTokens][kMaxRows];
     dot_rows<kRows, kTokens>(weight, p.weight_row_stride, x, p.x_token_stride, p.in_size, y);
+    if (p.gated) {
+        float up[kTokens][kMaxRows];
+        dot_rows<kRows, kTokens>(weight + p.out_size * p.weight_row_stride, p.weight_row_stride, x, p.x_token_stride,
+                                 p.in_size, up);
+        for (int n = 0; n < kTokens; ++n) {
+            for (int r = 0; r < kRows; ++r) {
+                y[n][r] = y[n][r] / (1.0f + std::exp(-y[n][r])) * up[n][r];
+            }
+        }
+    }
     for (int n = 0; n < kTokens; ++n) {
         T* out = static_cast<T*>(p.out) + (token + n) * p.out_token_stride + row;
         for (int r = 0; r < kRows; ++r) {

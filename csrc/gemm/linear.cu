@@ -20,6 +20,7 @@ void linear_cuda(const LinearParams& p, void* stream) {
                               .weight_row_stride = p.weight_row_stride,
                               .out_token_stride = p.out_token_stride,
                               .constant_weight = p.constant_weight,
+                              .gated = p.gated,
                               .dtype = p.dtype,
                               .out_dtype = p.dtype};
     switch (p.dtype) {

@@ -4,14 +4,18 @@
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
 //   T, of x and weight: bf16 | fp16, which bias and out have too, or e4m3 | int8 with scales; K whole 16 bytes
 //
-// A block owns kRowTiles * 16 rows of the weight and all of K; its warps take chunks of 128 bytes along K in turn, so
-// that the block reads kWarps * 128 bytes of a row at a time. The weight is the A operand and comes straight from
-// memory to registers, kDepth chunks ahead: a lane's 16 bytes of a row are neighbours along K where the mma wants two
-// words 16 bytes apart, which only renames the indices of the sum, since the tokens (the B operand) are read in the
-// same order. The warps' sums meet in shared memory and are added in the order of the warps. Scales of a token and a
-// row multiply the whole sum, scales of blocks (128 elements, a chunk) that of each chunk.
+// A block owns 16 rows of the weight and all of K; its warps take chunks of 128 bytes along K in turn, so that the
+// block reads kWarps * 128 bytes of a row at a time. The weight is the A operand. cp.async brings it to shared memory,
+// kDepth chunks ahead, where each lane has places of its own and waits for no other: a lane's 16 bytes of a row are
+// neighbours along K where the mma wants two words 16 bytes apart, which only renames the indices of the sum, since the
+// tokens (the B operand) are read in the same order, kAhead chunks ahead, into registers. The warps' sums meet in
+// shared memory and are added in the order of the warps. Scales of a token and a row multiply the whole sum, scales of
+// blocks (128 elements, a chunk) that of each chunk. Gated, a block owns 8 rows of the gate and the same 8 of up.
 //
-// In flight: kWarps * kDepth * kRowTiles * 2 KB a block. Bytes: the weight once; x once a block, from L2.
+// Shared memory and not registers, since loads to registers in flight are kept in L1: how much of it there is depends
+// on the shared memory of whatever kernel the SM ran before (docs/kernels/gemm.md).
+//
+// In flight: kWarps * kDepth * 2 KB a block. Bytes: the weight once; x once a block, from L2.
 // Source: none; the layout trick is common to kernels that multiply straight from global memory.
 #pragma once
 
@@ -19,6 +23,7 @@
 
 #include "common/dtype.cuh"
 #include "common/launch.h"
+#include "common/ptx/cp_async.cuh"
 #include "common/ptx/load_stream.cuh"
 #include "common/ptx/mma.cuh"
 #include "common/ptx/pdl.cuh"
@@ -34,12 +39,16 @@ inline constexpr bool kIsByte = sizeof(T) == 1;
 template <typename T>
 using LinearSum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
+constexpr int kPieces = 4;  // of 16 bytes, that a lane has of a chunk of the weight
+
 // One chunk's operands of a lane; g = lane / 4, t = lane % 4, and step s of 2 covers half of the chunk's bytes.
-template <int kRowTiles, int kTokenTiles>
-struct Chunk {
-    uint4 weight[kRowTiles][2][2];  // [tile][half: row g or g + 8][s]: 16 bytes from s * 64 + t * 16
-    uint4 x[kTokenTiles][2];        // [tile][s]: the same of token g
-    float scale[kTokenTiles][2];    // of blocks: of tokens 2 t and 2 t + 1, times the weight's
+struct WeightChunk {
+    uint4 piece[kPieces];  // 2 s + half: of row g + 8 half, the 16 bytes from s * 64 + t * 16
+};
+template <int kTokenTiles>
+struct TokenChunk {
+    uint4 x[kTokenTiles][2];      // [tile][s]: the same of token g
+    float scale[kTokenTiles][2];  // of blocks: of tokens 2 t and 2 t + 1, times the weight's
 };
 
 template <typename T>
@@ -53,39 +62,35 @@ __device__ __forceinline__ void multiply_16(LinearSum<T> (&sum)[4], const uint32
     }
 }
 
-template <typename T, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void multiply(LinearSum<T> (&sum)[kRowTiles][kTokenTiles][4],
-                                         const Chunk<kRowTiles, kTokenTiles>& chunk) {
+template <typename T, int kTokenTiles>
+__device__ __forceinline__ void multiply(LinearSum<T> (&sum)[kTokenTiles][4], const WeightChunk& weight,
+                                         const TokenChunk<kTokenTiles>& tokens) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
+        const uint4 low = weight.piece[2 * s], high = weight.piece[2 * s + 1];
+        const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-            const uint4 low = chunk.weight[r][0][s], high = chunk.weight[r][1][s];
-            const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-            for (int n = 0; n < kTokenTiles; ++n) {
-                const uint4 x = chunk.x[n][s];
-                multiply_16<T>(sum[r][n], first, x.x, x.y);
-                multiply_16<T>(sum[r][n], second, x.z, x.w);
-            }
+        for (int n = 0; n < kTokenTiles; ++n) {
+            const uint4 x = tokens.x[n][s];
+            multiply_16<T>(sum[n], first, x.x, x.y);
+            multiply_16<T>(sum[n], second, x.z, x.w);
         }
     }
 }
 
 // Of blocks: the chunk's product, times its scales, is added in fp32.
-template <typename T, MatmulScales kScales, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void multiply_chunk(LinearSum<T> (&sum)[kRowTiles][kTokenTiles][4],
-                                               const Chunk<kRowTiles, kTokenTiles>& chunk) {
+template <typename T, MatmulScales kScales, int kTokenTiles>
+__device__ __forceinline__ void multiply_chunk(LinearSum<T> (&sum)[kTokenTiles][4], const WeightChunk& weight,
+                                               const TokenChunk<kTokenTiles>& tokens) {
     if constexpr (kScales == MatmulScales::block) {
-        float part[kRowTiles][kTokenTiles][4] = {};
-        multiply<T>(part, chunk);
+        float part[kTokenTiles][4] = {};
+        multiply<T>(part, weight, tokens);
 #pragma unroll
-        for (int i = 0; i < kRowTiles * kTokenTiles * 4; ++i) {
-            const int r = i / (kTokenTiles * 4), n = i / 4 % kTokenTiles, e = i % 4;
-            sum[r][n][e] = fmaf(part[r][n][e], chunk.scale[n][e % 2], sum[r][n][e]);
+        for (int i = 0; i < kTokenTiles * 4; ++i) {
+            sum[i / 4][i % 4] = fmaf(part[i / 4][i % 4], tokens.scale[i / 4][i % 2], sum[i / 4][i % 4]);
         }
     } else {
-        multiply<T>(sum, chunk);
+        multiply<T>(sum, weight, tokens);
     }
 }
 
@@ -93,26 +98,32 @@ __device__ __forceinline__ float to_float_of(const void* values, int64_t at, boo
     return is_fp16 ? to_float(static_cast<const fp16*>(values)[at]) : to_float(static_cast<const bf16*>(values)[at]);
 }
 
-template <typename T, MatmulScales kScales, int kRowTiles, int kTokenTiles, int kWarps, int kDepth, int kBlocks>
+constexpr int kRows = 16;
+
+template <typename T, MatmulScales kScales, int kTokenTiles, int kWarps, int kDepth, int kAhead, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const MatmulParams p) {
-    constexpr int kRows = kRowTiles * 16, kTokens = kTokenTiles * 8;
+    constexpr int kTokens = kTokenTiles * 8;
     constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T)), kStep = kChunk / 2,
                   kPiece = kStep / 4;  // elements
+    static_assert(kDepth % kAhead == 0);
     using Sum = LinearSum<T>;
-    __shared__ Sum partial[kWarps][kTokens][kRows + 1];
+    // [warp][chunk of the ring][piece][lane]; in the end the warps' sums
+    extern __shared__ __align__(16) uint4 ring[];
+    constexpr int kWarpPieces = kDepth * kPieces * 32;
+    static_assert(kTokens * (kRows + 1) * sizeof(Sum) <= kWarpPieces * sizeof(uint4));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int in_size = static_cast<int>(p.in_size), num_tokens = static_cast<int>(p.num_tokens);
-    const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
+    const bool gated = kScales == MatmulScales::none && p.gated;
+    const int out_rows = gated ? kRows / 2 : kRows;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.x) * out_rows;
 
-    // Rows and tokens past the end repeat the last one and are not written.
-    const T* weight[kRowTiles][2];
+    // Rows and tokens past the end repeat the last one and are not written. The pointers move along K with the loop.
+    const T* weight[2];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t row = min(first_row + r * 16 + half * 8 + g, p.out_size - 1);
-            weight[r][half] = static_cast<const T*>(p.weight) + row * p.weight_row_stride + warp * kChunk + t * kPiece;
-        }
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row =
+            min(first_row + (gated ? 0 : half * 8) + g, p.out_size - 1) + (gated ? half * p.out_size : 0);
+        weight[half] = static_cast<const T*>(p.weight) + row * p.weight_row_stride + warp * kChunk + t * kPiece;
     }
     const T* x[kTokenTiles];
 #pragma unroll
@@ -122,24 +133,20 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     }
     const int whole = in_size / kChunk;                     // chunks, of all warps
     const int mine = (whole - warp + kWarps - 1) / kWarps;  // of this warp: chunk i starts at i * kWarps * kChunk
+    uint4* const own = ring + warp * kWarpPieces + lane;
 
-    Chunk<kRowTiles, kTokenTiles> ring[kDepth];
-    const auto load_weight = [&](Chunk<kRowTiles, kTokenTiles>& chunk, int i) {
+    // Chunk `ahead` from where the pointers are, to place d of the ring.
+    const auto load_weight = [&](int d, int ahead) {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int s = 0; s < 2; ++s) {
-                    chunk.weight[r][half][s] = load_stream_16(weight[r][half] + i * (kWarps * kChunk) + s * kStep);
-                }
-            }
+        for (int piece = 0; piece < kPieces; ++piece) {
+            cp_async_16(shared_address(own + (d * kPieces + piece) * 32),
+                        weight[piece % 2] + ahead * (kWarps * kChunk) + piece / 2 * kStep, true);
         }
     };
     const int all_chunks = (in_size + kChunk - 1) / kChunk;
-    const auto load_x = [&](Chunk<kRowTiles, kTokenTiles>& chunk, int i) {
+    const auto load_tokens = [&](TokenChunk<kTokenTiles>& tokens, int i, int ahead) {
         if constexpr (kScales == MatmulScales::block) {
-            const int at = i * kWarps + warp;
+            const int at = (i + ahead) * kWarps + warp;
             const float of_weight = p.weight_scales[first_row / 128 * all_chunks + at];
 #pragma unroll
             for (int n = 0; n < kTokenTiles; ++n) {
@@ -147,7 +154,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
                 for (int e = 0; e < 2; ++e) {
                     const int token = min(n * 8 + t * 2 + e, num_tokens - 1);
                     // Not __ldg: this kernel may have begun before the one that writes them.
-                    chunk.scale[n][e] = of_weight * p.x_scales[static_cast<int64_t>(token) * all_chunks + at];
+                    tokens.scale[n][e] = of_weight * p.x_scales[static_cast<int64_t>(token) * all_chunks + at];
                 }
             }
         }
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
         for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-                chunk.x[n][s] = *reinterpret_cast<const uint4*>(x[n] + i * (kWarps * kChunk) + s * kStep);
+                tokens.x[n][s] = *reinterpret_cast<const uint4*>(x[n] + ahead * (kWarps * kChunk) + s * kStep);
             }
         }
     };
@@ -166,73 +173,98 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
         if (d < mine) {
-            load_weight(ring[d], d);
+            load_weight(d, d);
         }
+        cp_async_commit();
     }
     pdl_wait();
     pdl_launch_dependents();
+    TokenChunk<kTokenTiles> tokens[kAhead];
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
+    for (int d = 0; d < kAhead; ++d) {
         if (d < mine) {
-            load_x(ring[d], d);
+            load_tokens(tokens[d], 0, d);
         }
     }
 
-    Sum sum[kRowTiles][kTokenTiles][4] = {};
-    for (int i = 0; i < mine; i += kDepth) {
+    Sum sum[kTokenTiles][4] = {};
+    int i = 0;
+    for (; i < mine; i += kDepth) {
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
+            cp_async_wait<kDepth - 1>();
             if (i + d < mine) {
-                multiply_chunk<T, kScales>(sum, ring[d]);
+                WeightChunk chunk;
+#pragma unroll
+                for (int piece = 0; piece < kPieces; ++piece) {
+                    chunk.piece[piece] = own[(d * kPieces + piece) * 32];
+                }
+                multiply_chunk<T, kScales>(sum, chunk, tokens[d % kAhead]);
             }
             if (i + d + kDepth < mine) {
-                load_weight(ring[d], i + d + kDepth);
-                load_x(ring[d], i + d + kDepth);
+                load_weight(d, d + kDepth);
             }
+            cp_async_commit();
+            if (i + d + kAhead < mine) {
+                load_tokens(tokens[d % kAhead], i, d + kAhead);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            weight[half] += kDepth * kWarps * kChunk;
+        }
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+            x[n] += kDepth * kWarps * kChunk;
         }
     }
     if (const int rest = in_size % kChunk; rest != 0 && warp == whole % kWarps) {  // zeros past the end of K
-        Chunk<kRowTiles, kTokenTiles> chunk{};
-        const int at = whole / kWarps * (kWarps * kChunk);
+        WeightChunk chunk{};
+        TokenChunk<kTokenTiles> last{};
+        const int at = (whole / kWarps - i) * (kWarps * kChunk);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
             if (s * kStep + t * kPiece < rest) {
-#pragma unroll
-                for (int r = 0; r < kRowTiles; ++r) {
-                    chunk.weight[r][0][s] = load_stream_16(weight[r][0] + at + s * kStep);
-                    chunk.weight[r][1][s] = load_stream_16(weight[r][1] + at + s * kStep);
-                }
+                chunk.piece[2 * s] = load_stream_16(weight[0] + at + s * kStep);
+                chunk.piece[2 * s + 1] = load_stream_16(weight[1] + at + s * kStep);
 #pragma unroll
                 for (int n = 0; n < kTokenTiles; ++n) {
-                    chunk.x[n][s] = *reinterpret_cast<const uint4*>(x[n] + at + s * kStep);
+                    last.x[n][s] = *reinterpret_cast<const uint4*>(x[n] + at + s * kStep);
                 }
             }
         }
-        multiply<T>(sum, chunk);  // scales of blocks come with whole chunks
+        multiply<T>(sum, chunk, last);  // scales of blocks come with whole chunks
     }
 
-    // --- The warps' sums ---------------------------------------------------------------------------------------------
+    // --- The warps' sums, each where its ring was --------------------------------------------------------------------
+    const auto partial = [&](int w, int token, int row) -> Sum& {
+        return reinterpret_cast<Sum*>(ring + w * kWarpPieces)[token * (kRows + 1) + row];
+    };
+    __syncwarp();
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                partial[warp][n * 8 + t * 2 + e % 2][r * 16 + g + e / 2 * 8] = sum[r][n][e];
-            }
+        for (int e = 0; e < 4; ++e) {
+            partial(warp, n * 8 + t * 2 + e % 2, g + e / 2 * 8) = sum[n][e];
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < num_tokens * kRows; i += kWarps * 32) {
-        const int token = i / kRows;
-        const int64_t row = first_row + i % kRows;
-        Sum whole_sum = 0;
+    const auto whole_sum = [&](int token, int row) {
+        Sum added = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            whole_sum += partial[w][token][i % kRows];
+            added += partial(w, token, row);
         }
+        return static_cast<float>(added);
+    };
+    for (int i = threadIdx.x; i < num_tokens * out_rows; i += kWarps * 32) {
+        const int token = i / out_rows;
+        const int64_t row = first_row + i % out_rows;
         if (row < p.out_size) {
-            float y = static_cast<float>(whole_sum);
+            float y = whole_sum(token, i % out_rows);
+            if (gated) {
+                y = __fdividef(y, 1.0f + __expf(-y)) * whole_sum(token, kRows / 2 + i % out_rows);
+            }
             if constexpr (kScales == MatmulScales::channel) {
                 y *= p.x_scales[token] * p.weight_scales[p.num_weight_scales == 1 ? 0 : row];
             }
@@ -250,19 +282,30 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     }
 }
 
-template <typename T, MatmulScales kScales, int kTokenTiles, int kDepth>
-void launch_linear(const MatmulParams& p, void* stream) {
-    constexpr int kWarps = 8, kRows = 16;
-    launch(linear_kernel<T, kScales, 1, kTokenTiles, kWarps, kDepth, 2>,
-           {.grid = dim3(static_cast<unsigned>((p.out_size + kRows - 1) / kRows)),
+template <typename T, MatmulScales kScales, int kTokenTiles, int kDepth, int kAhead, int kBlocks>
+void launch_linear(const MatmulParams& p, unsigned blocks, void* stream) {
+    constexpr int kWarps = 8;
+    launch(linear_kernel<T, kScales, kTokenTiles, kWarps, kDepth, kAhead, kBlocks>,
+           {.grid = dim3(blocks),
             .block = dim3(kWarps * 32),
+            .shared_bytes = kWarps * kDepth * kPieces * 32 * sizeof(uint4),
             .pdl = true},
            stream, p);
 }
 
+// Three blocks an SM; two, with more in flight, where there are no more than that: of three, some SMs would get all.
 template <typename T, MatmulScales kScales>
 void run_linear(const MatmulParams& p, void* stream) {
-    p.num_tokens <= 8 ? launch_linear<T, kScales, 1, 3>(p, stream) : launch_linear<T, kScales, 2, 2>(p, stream);
+    const auto blocks = static_cast<unsigned>((p.out_size * (p.gated ? 2 : 1) + kRows - 1) / kRows);
+    if (p.num_tokens <= 8) {
+        if (blocks <= 2u * static_cast<unsigned>(num_sms())) {
+            launch_linear<T, kScales, 1, 6, 6, 2>(p, blocks, stream);
+        } else {
+            launch_linear<T, kScales, 1, 4, kScales == MatmulScales::block ? 2 : 4, 3>(p, blocks, stream);
+        }
+    } else if constexpr (kScales != MatmulScales::block) {
+        launch_linear<T, kScales, 2, 4, 2, 3>(p, blocks, stream);
+    }
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import pytest
 from fastkernels.compiler import PASSES, UnknownPassError, compile_model
 from fastkernels.compiler.graph import Node, Value
 from fastkernels.compiler.passes.add_norm import add_norm
+from fastkernels.compiler.passes.gated_linear import gated_linear
 from fastkernels.compiler.passes.merge_qkv import merge_qkv
 from fastkernels.compiler.trace import trace
 from tests.compiler.configs import CONFIGS
@@ -15,6 +16,7 @@ from tests.compiler.configs import CONFIGS
 NUM_LAYERS = 3
 # resolve_token_ids, attention_plan, embedding, lm_head, gather_rows, final norm
 OUTSIDE = 6
+BIASED_GATES = ("llama-biased",)
 
 
 def _ops(name: str, **options) -> Counter:
@@ -23,11 +25,11 @@ def _ops(name: str, **options) -> Counter:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kernels_before_and_after(name):
-    """A layer is 16 kernels as traced (18 with head norms) and 9 fused (11)."""
+    """A layer is 16 kernels as traced (18 with head norms) and 8 fused (10); 9 with biases of gate and up."""
     head_norms = 2 if name == "qwen3" else 0
     report = compile_model(CONFIGS[name]).report
     assert report.kernels_before == OUTSIDE + NUM_LAYERS * (16 + head_norms)
-    assert report.kernels_after == OUTSIDE + NUM_LAYERS * (9 + head_norms)
+    assert report.kernels_after == OUTSIDE + NUM_LAYERS * (8 + head_norms + (name in BIASED_GATES))
     assert list(report.after_pass) == list(PASSES)
     assert report.after_pass["merge_qkv"] == report.kernels_before - 2 * NUM_LAYERS
 
@@ -49,11 +51,19 @@ def test_one_pass_off(name, disabled):
     plan = compile_model(CONFIGS[name], disabled_passes=[disabled])
     assert plan.report.disabled_passes == (disabled,)
     assert disabled not in plan.report.after_pass
-    fused = {"rope_append": "rope_append_kv", "act_mul": "silu_mul", "add_norm": "add_rms_norm"}
+    fused = {
+        "rope_append": "rope_append_kv",
+        "act_mul": "silu_mul",
+        "add_norm": "add_rms_norm",
+        "gated_linear": "linear_silu_mul",
+    }
+    found = {step.op for step in plan.steps}
     if disabled in fused:
-        assert fused[disabled] not in {step.op for step in plan.steps}
-    if disabled == "merge_gate_up":  # two tensors are not the halves of one
-        assert "silu_mul" not in {step.op for step in plan.steps}
+        assert fused[disabled] not in found
+    if disabled in ("merge_gate_up", "act_mul"):  # two tensors are not the halves of one
+        assert not {"silu_mul", "linear_silu_mul"} & found
+    else:
+        assert ("silu_mul" in found) == (disabled == "gated_linear" or name in BIASED_GATES)
 
 
 def test_merged_projection_and_its_views():
@@ -128,3 +138,18 @@ def test_passes_do_not_change_their_graph():
 def test_unknown_pass_is_named():
     with pytest.raises(UnknownPassError, match=r"no pass is called 'fuse_all'; there are merge_qkv, "):
         compile_model(CONFIGS["llama"], disabled_passes=["fuse_all"])
+
+
+def test_a_gate_with_a_bias_or_another_reader_keeps_its_kernel():
+    x, gate_up, act, other = (
+        Value(name, (size,)) for name, size in (("x", 8), ("gate_up", 8), ("act", 4), ("other", 8))
+    )
+    linear = Node("linear", (x,), (gate_up,), ("model.norm.weight",))
+    silu_mul = Node("silu_mul", (gate_up,), (act,))
+    graph = replace(trace(CONFIGS["llama"]), nodes=(linear, silu_mul), output=act)
+    (fused,) = gated_linear(graph).nodes
+    assert fused == Node("linear_silu_mul", (x,), (act, gate_up), ("model.norm.weight",))
+    with_bias = replace(linear, weights=("model.norm.weight",) * 2)
+    read_again = Node("mul", (gate_up, x), (other,))
+    for nodes in ((with_bias, silu_mul), (linear, silu_mul, read_again)):
+        assert gated_linear(replace(graph, nodes=nodes)).nodes == nodes

@@ -9,6 +9,7 @@ from fastkernels.compiler.tune import (
     BY_RULE,
     FILE_NAME,
     HOPPER,
+    STREAM,
     TORCH,
     Choices,
     Product,
@@ -124,6 +125,45 @@ def test_misaligned_rows_are_torchs():
     choice = only(PRODUCT_OF[None], 48, Tactic("matmul", 11))
     for num_tokens in (3, 40):
         assert call(None, num_tokens, choice, misaligned=True)[0].func is _aten.mm.out
+
+
+def test_a_gated_product():
+    """One kernel where the product is streamed, whatever says so; else two, by way of the second output."""
+    product = Product("linear", "bf16", BF16, 2 * OUT, IN)
+
+    def bound(num_tokens: int, choices: Choices = BY_RULE, misaligned: bool = False):
+        x = torch.empty(num_tokens, IN + 4, dtype=BF16, device="meta")[:, 4:]
+        x = x if misaligned else torch.empty(num_tokens, IN, dtype=BF16, device="meta")
+        weight = torch.empty(2 * OUT, IN, dtype=BF16, device="meta")
+        out, gate_up = (torch.empty(num_tokens, n, dtype=BF16, device="meta") for n in (OUT, 2 * OUT))
+        step = Step("linear_silu_mul", ("x", "weight"), ("out", "gate_up"), {})
+        kept = torch.empty(1, dtype=torch.uint8, device="meta")
+        call = bind(
+            step,
+            [x, weight],
+            [out, gate_up],
+            num_tokens=num_tokens,
+            dtype=BF16,
+            products=Products(choices, kept),
+        )
+        return call, x, weight, out, gate_up
+
+    for choices in (BY_RULE, only(product, 16, STREAM)):
+        call, x, weight, out, _ = bound(16, choices)
+        assert call.func is _fk.linear_silu_mul.default
+        assert call.args == (x, weight, True, out)
+    by_matmul = only(product, 48, Tactic("matmul", 11))
+    for arguments, func in (
+        ((17,), _aten.mm.out),
+        ((16, only(product, 16, TORCH)), _aten.mm.out),
+        ((40, by_matmul), _fk.matmul.default),
+        ((3, BY_RULE, True), _aten.mm.out),
+    ):
+        call, _, _, out, gate_up = bound(*arguments)
+        first, second = call.args
+        assert first.func is func and second.func is _fk.silu_mul.default
+        assert second.args == (gate_up, out)
+        assert first.keywords.get("out", first.args[-1]) is gate_up
 
 
 def test_a_head_of_an_odd_size_is_streamed():

@@ -7,15 +7,17 @@
 
 namespace fastkernels {
 
-// out = x weight^T + bias for a decode step's few tokens: a stream over the weight.
+// out = x weight^T + bias for a decode step's few tokens: a stream over the weight. gated: the weight has the out_size
+// rows of a gate and those of up, and out = silu(x gate^T) * (x up^T), rounded once.
 struct LinearParams {
     const void* x;       // [num_tokens, in_size], last dimension contiguous
-    const void* weight;  // [out_size, in_size], last dimension contiguous
-    const void* bias;    // [out_size], or null
+    const void* weight;  // [out_size, in_size], or gated [2 * out_size, in_size]; last dimension contiguous
+    const void* bias;    // [out_size], or null; gated: null
     void* out;           // [num_tokens, out_size], last dimension contiguous
     int64_t num_tokens, in_size, out_size;
     int64_t x_token_stride, weight_row_stride, out_token_stride;  // elements
     bool constant_weight;  // no kernel before this one in its stream writes the weight: it may be read early
+    bool gated;
     DType dtype;
 };
 
@@ -42,6 +44,7 @@ struct MatmulParams {
     int64_t x_token_stride, weight_row_stride, out_token_stride;  // elements
     int64_t num_weight_scales;
     bool constant_weight;  // as in LinearParams
+    bool gated;            // likewise; linear's kernel alone
     MatmulScales scales;
     DType dtype, out_dtype;  // of x and weight; of bias and out
     int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape

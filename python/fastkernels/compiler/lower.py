@@ -74,6 +74,7 @@ def _cache(node: Node) -> str:
 OPS: dict[str, _Op] = {
     "embedding": _Op(_plain, {}),
     "linear": _Op(_plain, {}),
+    "linear_silu_mul": _Op(_plain, {}),
     "quantized_linear": _Op(_plain, {}),
     "gather_columns": _Op(_plain, {}),
     "quantize": _Op(_plain, {}),

@@ -5,7 +5,7 @@ from fastkernels.ops.activation import gelu_mul, gelu_mul_quant, silu_mul, silu_
 from fastkernels.ops.attention import attention, paged_attention
 from fastkernels.ops.attention_plan import AttentionPlan, attention_plan_sizes, plan_attention
 from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
-from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear
+from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear, linear_silu_mul
 from fastkernels.ops.kv_cache import append_kv, copy_pages
 from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
 from fastkernels.ops.quant import quantize
@@ -42,6 +42,7 @@ __all__ = [
     "interleaves",
     "layer_norm",
     "linear",
+    "linear_silu_mul",
     "paged_attention",
     "penalize",
     "plan_attention",

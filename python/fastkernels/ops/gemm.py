@@ -45,6 +45,7 @@ LINEAR_TACTIC = 2 * len(MATMUL_TILES)
 NUM_MATMUL_TACTICS = LINEAR_TACTIC + 1
 
 register_mutating_fake("linear")
+register_mutating_fake("linear_silu_mul")
 register_mutating_fake("matmul")
 
 
@@ -106,6 +107,52 @@ def linear(
         matmul(op, x, weight, None, None, bias, constant_weight, tactic, workspace, out)
         return out
     torch.ops.fastkernels.linear(x, weight, bias, constant_weight, out)
+    return out
+
+
+def linear_silu_mul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    constant_weight: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = silu(x gate^T) * (x up^T) for the few tokens of a decode step; weight is gate's rows, then up's.
+
+    x:      [num_tokens, in_size], up to LINEAR_MAX_TOKENS (16) tokens, as ``linear`` takes it
+    weight: [2 * out_size, in_size], dtype of x; last dimension contiguous
+    constant_weight: as of ``linear``
+    out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
+    Returns out. Both products stay in fp32, and the result is rounded once, where ``silu_mul(linear(x,
+    weight))`` rounds them too; bitwise repeatable; a token's result does not depend on the others; safe in a
+    CUDA graph.
+    Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
+    Kernels: csrc/gemm/linear.cuh, linear.cpp. Source: Shazeer 2020 (SwiGLU).
+    """
+    op = "linear_silu_mul"
+    x, weight = as_tensor(x), as_tensor(weight)
+    check_dtype(op, "x", x, FLOAT_DTYPES)
+    require(x.dim() == 2, f"{op}: x has shape {list(x.shape)}, but the op takes [num_tokens, in_size]")
+    num_tokens, in_size = x.shape
+    check_shape(op, "weight", weight, (None, in_size), "[2 * out_size, in_size], with the in_size of x")
+    require(
+        weight.shape[0] % 2 == 0, f"{op}: weight has {weight.shape[0]} rows; gate and up have as many each"
+    )
+    shape = (num_tokens, weight.shape[0] // 2)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else as_tensor(out)
+    check_shape(op, "out", out, shape, "[num_tokens, out_size]")
+    check_dtype(op, "weight", weight, (x.dtype,))
+    check_dtype(op, "out", out, (x.dtype,))
+    check_device(op, x=x, weight=weight, out=out)
+    check_last_contiguous(op, x=x, weight=weight, out=out)
+    require(
+        num_tokens <= LINEAR_MAX_TOKENS,
+        f"{op}: num_tokens is {num_tokens}, but the op takes at most {LINEAR_MAX_TOKENS}",
+    )
+    if x.is_cuda:
+        check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
+        require(in_size % 8 == 0, f"{op} on CUDA: in_size is {in_size}; it must be a multiple of 8")
+    torch.ops.fastkernels.linear_silu_mul(x, weight, constant_weight, out)
     return out
 
 

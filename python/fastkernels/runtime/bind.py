@@ -17,7 +17,17 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.compiler import CompileError, Step
-from fastkernels.compiler.tune import BY_RULE, STREAM, TORCH, Call, Choices, Product, call_of, product_of
+from fastkernels.compiler.tune import (
+    BY_RULE,
+    STREAM,
+    TORCH,
+    Call,
+    Choices,
+    Product,
+    Tactic,
+    call_of,
+    product_of,
+)
 from fastkernels.ops.quant import KINDS
 from fastkernels.ops.quantized_gemm import ACTIVATIONS, WEIGHT_TYPES
 from fastkernels.quantize import Repacked, find_scheme
@@ -38,11 +48,13 @@ class Products:
     choices: Choices = BY_RULE
     workspace: Tensor | None = None
 
-    def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
-        tactic = self.choices.tactic(product, inputs[0].shape[0])
+    def tactic(self, product: Product, inputs: list[Tensor]) -> Tactic:
         if product.op == "linear" and not all(map(_is_aligned, inputs[:2])):
-            tactic = TORCH
-        return call_of(product, tactic, inputs, out, self.workspace)
+            return TORCH
+        return self.choices.tactic(product, inputs[0].shape[0])
+
+    def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
+        return call_of(product, self.tactic(product, inputs), inputs, out, self.workspace)
 
 
 def bind(
@@ -62,8 +74,12 @@ def bind(
     if step.op not in BINDERS:
         raise CompileError(f"no kernel is bound to the step {step.op!r}; there are {', '.join(BINDERS)}")
     if step.op in PRODUCTS and inputs[0].device.type != "cpu":
-        (out,) = outputs
-        return products.call(product_of(step, out.shape[1], inputs[0].shape[1], dtype), inputs, out)
+        out = outputs[-1]
+        product = product_of(step, out.shape[1], inputs[0].shape[1], dtype)
+        if step.op == "linear_silu_mul":
+            streams = products.tactic(product, inputs) == STREAM
+            return _gated(inputs, outputs, streams, products.call(product, inputs, out))
+        return products.call(product, inputs, out)
     return BINDERS[step.op](inputs, outputs, {**step.attributes, "num_tokens": num_tokens, "dtype": dtype})
 
 
@@ -72,8 +88,30 @@ def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes)
     x, weight = inputs[:2]
     (out,) = outputs
     product = Product("linear", "", x.dtype, weight.shape[0], weight.shape[1], len(inputs) == 3)
-    streams = x.shape[0] <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
-    return call_of(product, STREAM if streams else TORCH, inputs, out, None)
+    return call_of(product, STREAM if _streams_on_cpu(x) else TORCH, inputs, out, None)
+
+
+def _streams_on_cpu(x: Tensor) -> bool:
+    return x.shape[0] <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
+
+
+def _linear_silu_mul(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    """On the CPU, as ``_linear``."""
+    return _gated(inputs, outputs, _streams_on_cpu(inputs[0]), _linear(inputs, outputs[1:], attributes))
+
+
+def _gated(inputs: list[Tensor], outputs: list[Tensor], streams: bool, product: Call) -> Call:
+    """One kernel where the product is streamed; else ``product``, which writes the second output, and the
+    activation of that."""
+    out, gate_up = outputs
+    if streams:
+        return partial(_fk.linear_silu_mul.default, *inputs, True, out)
+    return partial(_in_turn, product, partial(_fk.silu_mul.default, gate_up, out))
+
+
+def _in_turn(first: Call, second: Call) -> None:
+    first()
+    second()
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -185,6 +223,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "attention_plan": _attention_plan,
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
+    "linear_silu_mul": _linear_silu_mul,
     "quantized_linear": _quantized_linear,
     "gather_columns": _gather_columns,
     "quantize": _quantizing(_fk.quantize.default),
@@ -205,5 +244,5 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "gather_rows": _plain(_fk.gather_rows.default),
 }
 
-PRODUCTS = ("linear", "quantized_linear", "matmul")
+PRODUCTS = ("linear", "linear_silu_mul", "quantized_linear", "matmul")
 """Steps that have tactics on a GPU."""

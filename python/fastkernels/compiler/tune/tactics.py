@@ -77,7 +77,7 @@ class Product:
 
 def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
     """The product that a step on a GPU computes. dtype: the model's."""
-    if step.op == "linear":
+    if step.op in ("linear", "linear_silu_mul"):
         return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3)
     scheme = find_scheme(str(step.attributes["scheme"]))
     if step.op == "matmul" and isinstance(scheme, Rounded):
@@ -95,8 +95,8 @@ def products_of(
     """Every product of ``plan``, compiled for a GPU, and the most rows a step has of it."""
     found: dict[Product, int] = {}
     for step in plan.steps:
-        if step.op in ("linear", "matmul", "quantized_linear"):
-            out, x = plan.buffers[step.outputs[0]], plan.buffers[step.inputs[0]]
+        if step.op in ("linear", "linear_silu_mul", "matmul", "quantized_linear"):
+            out, x = plan.buffers[step.outputs[-1]], plan.buffers[step.inputs[0]]
             product = product_of(step, out.row_size, x.row_size, dtype)
             rows = max_num_tokens if out.rows == "tokens" else max_num_seqs
             found[product] = max(rows, found.get(product, 0))
