@@ -2,7 +2,8 @@
 // the weight.
 //
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
-//   T, of x and weight: bf16 | fp16, which bias and out have too, or e4m3 | int8 with scales; K whole 16 bytes
+//   T, of x and weight: bf16 | fp16, which bias and out have too, or with scales int8, e4m3, or of x e5m2 where the
+//   weight is e4m3; K whole 16 bytes
 //
 // A block owns kRowTiles * 16 rows of the weight and all of K; its warps take chunks of 128 bytes along K in turn, so
 // that the block reads kWarps * 128 bytes of a row at a time. The weight is the A operand and comes straight from
@@ -20,19 +21,15 @@
 #include "common/dtype.cuh"
 #include "common/launch.h"
 #include "common/ptx/load_stream.cuh"
-#include "common/ptx/mma.cuh"
+#include "common/ptx/mma_bytes.cuh"
 #include "common/ptx/pdl.cuh"
 #include "fastkernels/gemm.h"
+#include "gemm/matmul_types.h"
 
 namespace fastkernels {
 namespace {
 
 constexpr int kChunkBytes = 128;  // of a row, that a warp multiplies at a time
-
-template <typename T>
-inline constexpr bool kIsByte = sizeof(T) == 1;
-template <typename T>
-using LinearSum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
 // One chunk's operands of a lane; g = lane / 4, t = lane % 4, and step s of 2 covers half of the chunk's bytes.
 template <int kRowTiles, int kTokenTiles>
@@ -43,9 +40,15 @@ struct Chunk {
 };
 
 template <typename T>
-__device__ __forceinline__ void multiply_16(LinearSum<T> (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
-        mma_m16n8k32_e4m3(sum, a, b0, b1);
+__device__ __forceinline__ void multiply_16(MatmulSum<T> (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kIsFp8<T>) {
+#if __CUDA_ARCH__ >= 900
+        mma_m16n8k32_fp8<MatmulWeight<T>, T>(sum, a, b0, b1);
+#else
+        uint32_t halves[2][4];
+        to_halves<MatmulWeight<T> >(a, halves);
+        mma_halves<T>(sum, halves, b0, b1);
+#endif
     } else if constexpr (std::is_same_v<T, int8_t>) {
         mma_m16n8k32_int8(sum, a, b0, b1);
     } else {
@@ -54,7 +57,7 @@ __device__ __forceinline__ void multiply_16(LinearSum<T> (&sum)[4], const uint32
 }
 
 template <typename T, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void multiply(LinearSum<T> (&sum)[kRowTiles][kTokenTiles][4],
+__device__ __forceinline__ void multiply(MatmulSum<T> (&sum)[kRowTiles][kTokenTiles][4],
                                          const Chunk<kRowTiles, kTokenTiles>& chunk) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -74,7 +77,7 @@ __device__ __forceinline__ void multiply(LinearSum<T> (&sum)[kRowTiles][kTokenTi
 
 // Of blocks: the chunk's product, times its scales, is added in fp32.
 template <typename T, MatmulScales kScales, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void multiply_chunk(LinearSum<T> (&sum)[kRowTiles][kTokenTiles][4],
+__device__ __forceinline__ void multiply_chunk(MatmulSum<T> (&sum)[kRowTiles][kTokenTiles][4],
                                                const Chunk<kRowTiles, kTokenTiles>& chunk) {
     if constexpr (kScales == MatmulScales::block) {
         float part[kRowTiles][kTokenTiles][4] = {};
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     constexpr int kRows = kRowTiles * 16, kTokens = kTokenTiles * 8;
     constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T)), kStep = kChunk / 2,
                   kPiece = kStep / 4;  // elements
-    using Sum = LinearSum<T>;
+    using Sum = MatmulSum<T>;
     __shared__ Sum partial[kWarps][kTokens][kRows + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int in_size = static_cast<int>(p.in_size), num_tokens = static_cast<int>(p.num_tokens);
@@ -232,6 +235,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
             whole_sum += partial[w][token][i % kRows];
         }
         if (row < p.out_size) {
+            if constexpr (std::is_same_v<T, int8_t>) {
+                if (p.x_zeros != nullptr) {
+                    whole_sum -= p.x_zeros[token] * p.weight_sums[row];
+                }
+            }
             float y = static_cast<float>(whole_sum);
             if constexpr (kScales == MatmulScales::channel) {
                 y *= p.x_scales[token] * p.weight_scales[p.num_weight_scales == 1 ? 0 : row];
