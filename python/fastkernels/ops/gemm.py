@@ -126,9 +126,9 @@ def matmul_workspace(device: torch.device) -> torch.Tensor:
 
 
 def matmul_workspace_bytes_on(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    is_hopper = (properties.major, properties.minor) == (9, 0)
-    return matmul_workspace_bytes(properties.multi_processor_count) if is_hopper else 0
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return matmul_workspace_bytes(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache

@@ -242,9 +242,6 @@ def _scales_on_cuda(
 ) -> torch.Tensor:
     """scales as ``matmul`` takes them."""
     op = f"{op} on CUDA"
-    if activation not in QUANTIZED:
-        takes = ", ".join(map(repr, QUANTIZED))
-        raise ValueError(f"{op}: activation is {activation!r}, but the op takes {takes}")
     check_dtype(op, "scales", scales, (torch.float32,))
     require(global_scale is None, f"{op}: global_scale is given, but the op takes none")
     if activation == "e4m3-block":
