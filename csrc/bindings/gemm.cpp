@@ -70,17 +70,25 @@ ScaleType scale_type_of(const Tensor& scales) {
     }
 }
 
-// weight_type: 0 int8, 1 int4, 2 e2m1, 3 e4m3; activation: 0 none, 1 int8 and 2 e4m3 per token, 3 e4m3 per block
+// What the rows of an int8 weight add up to.
+const int32_t* sums_of(const char* op, const Tensor& sums, int64_t out_size) {
+    check(sums.scalar_type() == torch::headeronly::ScalarType::Int && sums.numel() == out_size && sums.is_contiguous(),
+          op, ": weight_sums must be contiguous int32 [out_size]");
+    return static_cast<const int32_t*>(in(sums));
+}
+
+// weight_type: 0 int8, 1 int4, 2 e2m1, 3 e4m3; activation: as Activation
 void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tensor> zeros,
-                      std::optional<Tensor> global_scale, std::optional<Tensor> bias, int64_t weight_type,
-                      int64_t block_rows, int64_t block_size, int64_t activation, bool interleaved, Tensor y) {
+                      std::optional<Tensor> global_scale, std::optional<Tensor> weight_sums, std::optional<Tensor> bias,
+                      int64_t weight_type, int64_t block_rows, int64_t block_size, int64_t activation, bool interleaved,
+                      Tensor y) {
     using torch::headeronly::ScalarType;
     check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && scales.dim() == 2 && x.size(0) == y.size(0) &&
               weight.size(0) == y.size(1),
           "quantized_linear: x must be [num_tokens, in_size], weight and scales have 2 dimensions, and out be "
           "[num_tokens, out_size]");
     check(
-        weight_type >= 0 && weight_type <= 3 && activation >= 0 && activation <= 3 && block_rows > 0 && block_size > 0,
+        weight_type >= 0 && weight_type <= 3 && activation >= 0 && activation <= 5 && block_rows > 0 && block_size > 0,
         "quantized_linear: there is no such weight_type, activation or block");
     QuantizedLinearParams p{};
     p.weight_type = static_cast<WeightType>(weight_type);
@@ -113,9 +121,13 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
           "quantized_linear: zeros are for int4, contiguous uint8 of the shape of scales");
     check(!global_scale || (global_scale->scalar_type() == ScalarType::Float && global_scale->numel() == 1),
           "quantized_linear: global_scale must be one fp32 value");
-    check(p.activation == Activation::none || (p.activation == Activation::int8_token && !is_half_byte && !is_fp8) ||
-              (p.activation != Activation::int8_token && is_fp8),
-          "quantized_linear: x is rounded to int8 with int8 weights, and to e4m3 with e4m3 weights");
+    const bool to_int8 = p.activation == Activation::int8_token || p.activation == Activation::int8_zeros;
+    check(p.activation == Activation::none || (to_int8 && !is_half_byte && !is_fp8) || (!to_int8 && is_fp8),
+          "quantized_linear: x is rounded to int8 with int8 weights, and to fp8 with e4m3 weights");
+    const bool has_zeros = p.activation == Activation::int8_zeros;
+    check(weight_sums.has_value() == has_zeros && (!has_zeros || p.in_size <= kMaxInSizeWithZeros),
+          "quantized_linear: weight_sums go with zero points of x, which take an in_size up to ", kMaxInSizeWithZeros);
+    p.weight_sums = weight_sums ? sums_of("quantized_linear", *weight_sums, p.out_size) : nullptr;
     p.x = in(x);
     p.weight = static_cast<const uint8_t*>(in(weight));
     p.scales = in(scales);
@@ -142,21 +154,23 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
 
 // tactic: 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
-            std::optional<Tensor> bias, bool constant_weight, int64_t tactic, Tensor workspace, Tensor y) {
+            std::optional<Tensor> x_zeros, std::optional<Tensor> weight_sums, std::optional<Tensor> bias,
+            bool constant_weight, int64_t tactic, Tensor workspace, Tensor y) {
     check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) == y.size(0) &&
               weight.size(0) == y.size(1),
           "matmul: x must be [num_tokens, in_size], weight [out_size, in_size] and out [num_tokens, out_size]");
     MatmulParams p{};
     p.dtype = dtype_of(x, "x");
     p.out_dtype = dtype_of(y, "out");
-    check(dtype_of(weight, "weight") == p.dtype && (!bias || dtype_of(*bias, "bias") == p.out_dtype),
-          "matmul: weight must have the dtype of x, and bias that of out");
+    const DType weight_dtype = p.dtype == DType::e5m2 ? DType::e4m3 : p.dtype;
+    check(dtype_of(weight, "weight") == weight_dtype && (!bias || dtype_of(*bias, "bias") == p.out_dtype),
+          "matmul: weight must have the dtype of x, or e4m3 where that is e5m2, and bias that of out");
     p.num_tokens = x.size(0);
     p.in_size = x.size(1);
     p.out_size = weight.size(0);
-    const bool has_scales = p.dtype == DType::e4m3 || p.dtype == DType::i8;
+    const bool has_scales = size_bytes(p.dtype) == 1;
     check(x_scales.has_value() == has_scales && weight_scales.has_value() == has_scales,
-          "matmul: e4m3 and int8 have scales of x and weight, and other types none");
+          "matmul: fp8 and int8 have scales of x and weight, and other types none");
     if (has_scales) {
         check(dtype_of(*x_scales, "x_scales") == DType::f32 &&
                   dtype_of(*weight_scales, "weight_scales") == DType::f32 && x_scales->is_contiguous() &&
@@ -175,6 +189,15 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
         p.x_scales = static_cast<const float*>(in(*x_scales));
         p.weight_scales = static_cast<const float*>(in(*weight_scales));
     }
+    check(x_zeros.has_value() == weight_sums.has_value() && (!x_zeros || p.dtype == DType::i8),
+          "matmul: x_zeros are for int8, and go with weight_sums");
+    if (x_zeros) {
+        check(x_zeros->scalar_type() == torch::headeronly::ScalarType::Int && x_zeros->is_contiguous() &&
+                  x_zeros->numel() == p.num_tokens,
+              "matmul: x_zeros must be contiguous int32 [num_tokens]");
+        p.x_zeros = static_cast<const int32_t*>(in(*x_zeros));
+        p.weight_sums = sums_of("matmul", *weight_sums, p.out_size);
+    }
     p.x = in(x);
     p.weight = in(weight);
     p.bias = bias ? in(*bias) : nullptr;
@@ -188,9 +211,8 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
 #if FASTKERNELS_WITH_CUDA
     if (x.is_cuda()) {
         torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-        check(workspace.numel() * static_cast<int64_t>(workspace.element_size()) >=
-                  matmul_workspace_bytes(matmul_num_sms()),
-              "matmul: workspace must have ", matmul_workspace_bytes(matmul_num_sms()), " bytes");
+        check(workspace.numel() * static_cast<int64_t>(workspace.element_size()) >= matmul_needs_bytes(),
+              "matmul: workspace must have ", matmul_needs_bytes(), " bytes");
         return matmul_cuda(p, stream_of(x));
     }
 #endif
@@ -266,11 +288,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool constant_weight, Tensor(a!) out) -> ()");
     m.def("linear_silu_mul(Tensor x, Tensor weight, bool constant_weight, Tensor(a!) out) -> ()");
     m.def(
-        "matmul(Tensor x, Tensor weight, Tensor? x_scales, Tensor? weight_scales, Tensor? bias, bool constant_weight, "
-        "int tactic, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+        "matmul(Tensor x, Tensor weight, Tensor? x_scales, Tensor? weight_scales, Tensor? x_zeros, "
+        "Tensor? weight_sums, Tensor? bias, bool constant_weight, int tactic, Tensor(a!) workspace, Tensor(b!) out) -> "
+        "()");
     m.def(
-        "quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? global_scale, Tensor? bias, "
-        "int weight_type, int block_rows, int block_size, int activation, bool interleaved, Tensor(a!) out) -> ()");
+        "quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? global_scale, "
+        "Tensor? weight_sums, Tensor? bias, int weight_type, int block_rows, int block_size, int activation, bool "
+        "interleaved, Tensor(a!) out) -> ()");
     m.def("interleave_rows(Tensor rows, Tensor(a!) out) -> ()");
     m.def(
         "weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, Tensor? bias, int format, int tactic, "

@@ -27,16 +27,20 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     }
 }
 
-ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tensor& scales) {
+ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tensor& scales, bool takes_e5m2) {
     using torch::headeronly::ScalarType;
-    const bool is_int8 = y.scalar_type() == ScalarType::Char;
-    check(is_int8 || y.scalar_type() == ScalarType::Float8_e4m3fn, op, ": out must be fp8 e4m3 or int8");
+    const bool is_int8 = y.scalar_type() == ScalarType::Char, is_e5m2 = y.scalar_type() == ScalarType::Float8_e5m2;
+    check(is_int8 || (is_e5m2 && takes_e5m2) || y.scalar_type() == ScalarType::Float8_e4m3fn, op,
+          ": out must be fp8 e4m3 or int8");
     check(y.dim() == 2 && kind >= 0 && kind <= 2, op, ": out must have 2 dimensions, and kind be 0, 1 or 2");
     check(kind != 2 || y.size(1) % kScaleBlock == 0, op, ": blocks take rows of a multiple of ", kScaleBlock);
     const int64_t count = kind == 0 ? 1 : kind == 1 ? y.size(0) : y.size(0) * (y.size(1) / kScaleBlock);
     check(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() && scales.numel() == count, op,
           ": scales must be ", count, " contiguous fp32 values");
-    return {static_cast<float*>(scales.mutable_data_ptr()), is_int8 ? ByteType::int8 : ByteType::e4m3,
+    return {static_cast<float*>(scales.mutable_data_ptr()),
+            is_int8   ? ByteType::int8
+            : is_e5m2 ? ByteType::e5m2
+                      : ByteType::e4m3,
             static_cast<ScaleKind>(kind)};
 }
 

@@ -22,7 +22,7 @@ DType dtype_of(const Tensor& tensor, const char* name);
 void* stream_of(const Tensor& tensor);
 
 // The type of out and the scales of a *_quant op; kind: 0 tensor, 1 token, 2 block.
-ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tensor& scales);
+ByteScales byte_scales(const char* op, const Tensor& y, int64_t kind, const Tensor& scales, bool takes_e5m2 = false);
 
 inline const void* in(const Tensor& tensor) {
     return tensor.const_data_ptr();

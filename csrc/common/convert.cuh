@@ -65,14 +65,14 @@ __device__ __forceinline__ void forget(Vec<T, N>& v) {
 // Four bytes of one word: x times inverse_scale, rounded to nearest and even, at most the type's largest value.
 template <typename Byte>
 __device__ __forceinline__ uint32_t quantize_4(const float (&x)[4], float inverse_scale) {
-    if constexpr (std::is_same_v<Byte, __nv_fp8_e4m3>) {
+    if constexpr (!std::is_same_v<Byte, int8_t>) {
+        constexpr auto kType = std::is_same_v<Byte, __nv_fp8_e4m3> ? __NV_E4M3 : __NV_E5M2;
         const auto pair = [&](float a, float b) {
             return static_cast<uint32_t>(
-                __nv_cvt_float2_to_fp8x2(make_float2(a * inverse_scale, b * inverse_scale), __NV_SATFINITE, __NV_E4M3));
+                __nv_cvt_float2_to_fp8x2(make_float2(a * inverse_scale, b * inverse_scale), __NV_SATFINITE, kType));
         };
         return pair(x[0], x[1]) | pair(x[2], x[3]) << 16;
     } else {
-        static_assert(std::is_same_v<Byte, int8_t>);
         uint32_t word = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -95,7 +95,9 @@ __device__ __forceinline__ void store_quantized(Byte* p, const float (&x)[N], fl
 }
 
 template <typename Byte>
-inline constexpr float kLargestByte = std::is_same_v<Byte, int8_t> ? 127.0f : 448.0f;
+inline constexpr float kLargestByte = largest_byte(std::is_same_v<Byte, int8_t>          ? ByteType::int8
+                                                   : std::is_same_v<Byte, __nv_fp8_e5m2> ? ByteType::e5m2
+                                                                                         : ByteType::e4m3);
 
 template <int N>
 __device__ __forceinline__ float largest_of(const float (&x)[N]) {

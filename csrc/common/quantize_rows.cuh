@@ -1,6 +1,6 @@
 // Rows of floats, wherever they come from, to bytes with scales.
 //
-//   out  [num_tokens, size] e4m3 | int8     scales  as byte_scales.h says, row-major
+//   out  [num_tokens, size] e4m3 | int8 | e5m2     scales  as byte_scales.h says, row-major
 //
 // A Source makes the floats: source.read(token, at) loads the Raw of kVecElements<T> of them from column `at` on,
 // source.compute(raw, x) makes them. One scale for all, or one for each kScaleBlock: a thread owns kPieces pieces of a
@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) quantize_rows_kernel(con
 }
 
 // addresses: those of the source, or'ed; strides: its strides and sizes, or'ed, elements of T.
-template <typename T, typename Source>
-void launch_quantize(const char* op, const Source& source, uintptr_t addresses, int64_t strides, const ByteRows& rows,
-                     void* stream) {
+template <typename Byte, typename T, typename Source>
+void launch_quantize_to(const char* op, const Source& source, uintptr_t addresses, int64_t strides,
+                        const ByteRows& rows, void* stream) {
     if (rows.num_tokens == 0 || rows.size == 0) {
         return;
     }
@@ -133,46 +133,49 @@ void launch_quantize(const char* op, const Source& source, uintptr_t addresses, 
           op, ": on CUDA the op takes addresses, rows and strides of whole 16 bytes");
     check(rows.bytes.kind != ScaleKind::block || rows.size % kScaleBlock == 0, op, ": a row has ", rows.size,
           " elements, but blocks take a multiple of ", kScaleBlock);
-    const auto run = [&]<typename Byte>() {
-        const int64_t pieces = rows.size / kVec;
-        if (rows.bytes.kind == ScaleKind::token) {
-            const auto launch_rows = [&]<int kThreads, int kPieces, int kMinBlocks>() {
-                const int64_t wanted = (pieces + 32 * kPieces - 1) / (32 * kPieces) * 32;
-                const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads));
-                launch(quantize_rows_kernel<T, Byte, Source, kThreads, kPieces, kMinBlocks>,
-                       {.grid = dim3(static_cast<unsigned>(rows.num_tokens)), .block = dim3(threads), .pdl = true},
-                       stream, source, rows);
-            };
-            if constexpr (Source::kKeepsFloats) {
-                launch_rows.template operator()<448, 4, 2>();
-            } else if (pieces <= kQuantizeShortRow) {
-                launch_rows.template operator()<128, 4, 8>();
-            } else {
-                launch_rows.template operator()<256, 7, 3>();
-            }
-            return;
-        }
-        const auto launch_pieces = [&]<int kThreads, int kPieces>() {
-            const int64_t warps = (rows.num_tokens * pieces / num_sms() + 31) / 32;
-            const auto threads = static_cast<unsigned>(std::clamp<int64_t>(warps * 32, 32, kThreads));
-            const auto blocks_per_token = static_cast<unsigned>((pieces + threads * kPieces - 1) / (threads * kPieces));
-            launch(quantize_pieces_kernel<T, Byte, Source, kThreads, kPieces>,
-                   {.grid = dim3(static_cast<unsigned>(rows.num_tokens) * blocks_per_token),
-                    .block = dim3(threads),
-                    .pdl = true},
-                   stream, source, rows, blocks_per_token);
+    const int64_t pieces = rows.size / kVec;
+    if (rows.bytes.kind == ScaleKind::token) {
+        const auto launch_rows = [&]<int kThreads, int kPieces, int kMinBlocks>() {
+            const int64_t wanted = (pieces + 32 * kPieces - 1) / (32 * kPieces) * 32;
+            const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads));
+            launch(quantize_rows_kernel<T, Byte, Source, kThreads, kPieces, kMinBlocks>,
+                   {.grid = dim3(static_cast<unsigned>(rows.num_tokens)), .block = dim3(threads), .pdl = true}, stream,
+                   source, rows);
         };
-        // Two pieces a thread once there are blocks enough for the GPU to be full of them many times.
-        if (rows.num_tokens * pieces > int64_t{num_sms()} * kQuantizeManyPieces) {
-            launch_pieces.template operator()<kQuantizePairThreads, 2>();
+        if constexpr (Source::kKeepsFloats) {
+            launch_rows.template operator()<448, 4, 2>();
+        } else if (pieces <= kQuantizeShortRow) {
+            launch_rows.template operator()<128, 4, 8>();
         } else {
-            launch_pieces.template operator()<kQuantizePieceThreads, 1>();
+            launch_rows.template operator()<256, 7, 3>();
         }
+        return;
+    }
+    const auto launch_pieces = [&]<int kThreads, int kPieces>() {
+        const int64_t warps = (rows.num_tokens * pieces / num_sms() + 31) / 32;
+        const auto threads = static_cast<unsigned>(std::clamp<int64_t>(warps * 32, 32, kThreads));
+        const auto blocks_per_token = static_cast<unsigned>((pieces + threads * kPieces - 1) / (threads * kPieces));
+        launch(quantize_pieces_kernel<T, Byte, Source, kThreads, kPieces>,
+               {.grid = dim3(static_cast<unsigned>(rows.num_tokens) * blocks_per_token),
+                .block = dim3(threads),
+                .pdl = true},
+               stream, source, rows, blocks_per_token);
     };
-    if (rows.bytes.type == ByteType::e4m3) {
-        run.template operator()<__nv_fp8_e4m3>();
+    // Two pieces a thread once there are blocks enough for the GPU to be full of them many times.
+    if (rows.num_tokens * pieces > int64_t{num_sms()} * kQuantizeManyPieces) {
+        launch_pieces.template operator()<kQuantizePairThreads, 2>();
     } else {
-        run.template operator()<int8_t>();
+        launch_pieces.template operator()<kQuantizePieceThreads, 1>();
+    }
+}
+
+template <typename T, typename Source>
+void launch_quantize(const char* op, const Source& source, uintptr_t addresses, int64_t strides, const ByteRows& rows,
+                     void* stream) {
+    switch (rows.bytes.type) {
+        case ByteType::e4m3: return launch_quantize_to<__nv_fp8_e4m3, T>(op, source, addresses, strides, rows, stream);
+        case ByteType::int8: return launch_quantize_to<int8_t, T>(op, source, addresses, strides, rows, stream);
+        default: fail(op, ": on CUDA the op gives e4m3 and int8");
     }
 }
 

@@ -4,7 +4,8 @@
 // 128 neighbours of a token share a scale s. With kDigits digits d of base 254, each in -127 .. 127,
 //     x = s * (d[0] * 254^(kDigits - 1) + ... + d[kDigits - 1]),
 // to within s / 2: 2 digits hold 1/64,760 of the largest neighbour, less than bf16 and fp16 lose in rounding the
-// result; 3 digits hold fp32's 24 bits. One digit is int8 as `quantize` makes it per token.
+// result; 3 digits hold fp32's 24 bits. One digit is int8 as `quantize` makes it per token, or as
+// `quantize_zeros` does: what the zero point adds is left to the caller.
 //
 // A unit is 2 registers' bytes of a token. The weights of a register of 4 bits a weight are the even elements of a
 // unit in their low halves and the odd ones in their high halves, and the digits lie in that order.
@@ -31,6 +32,7 @@ struct Digits {
     std::vector<int32_t> offsets;         // [num_tokens][num_units][num_offsets<kDigits>][kWidth], see digits_of_token
     std::vector<uint32_t> token_offsets;  // [num_tokens], of one digit; sums of int32 may pass their range on the way
     std::vector<float> scales;            // [num_tokens][num_units]
+    std::vector<int32_t> zeros;           // [num_tokens], of one digit with a zero point
     std::vector<float> sums;  // [num_tokens][num_sums]: x added up over the stretches that share a weight's scale
 };
 
@@ -76,13 +78,15 @@ template <int kDigits>
 inline constexpr int num_offsets = kDigits - 1;
 
 // kPacked: the order of 4-bit weights.
-template <int kDigits, bool kPacked, typename T>
+template <int kDigits, bool kPacked, bool kZeros, typename T>
 void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t sum_size, Digits& to) {
+    static_assert(!kZeros || kDigits == 1);
     int8_t* bytes = to.bytes.data() + token * to.num_units * kDigits * kUnit;
     int32_t* offsets = to.offsets.data() + token * to.num_units * num_offsets<kDigits> * kWidth;
     float* scales = to.scales.data() + token * to.num_units;
     std::vector<float> row;
     float token_inverse = 0.0f, token_scale = 0.0f;
+    ScaleAndZero by{};
     if constexpr (kDigits == 1) {
         row.resize(size);
         float bad = 0.0f;
@@ -91,8 +95,14 @@ void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t 
             row[i] = to_float(x[i]);
             bad += row[i] * 0.0f;
         }
-        token_scale = scale_of(row.data(), size, ByteType::int8) + bad;
-        token_inverse = 1.0f / token_scale;
+        if constexpr (kZeros) {
+            by = scale_and_zero_of(row.data(), size);
+            token_scale = by.scale;
+            to.zeros[token] = by.zero;
+        } else {
+            token_scale = scale_of(row.data(), size, ByteType::int8) + bad;
+            token_inverse = 1.0f / token_scale;
+        }
     }
     for (int64_t begin = 0; begin < size; begin += kBlock) {
         float values[kBlock];
@@ -112,7 +122,13 @@ void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t 
             inverse = 1.0f / scale;
         }
         int8_t digits[kDigits][kBlock];
-        digits_of<kDigits>(values, inverse, digits);
+        if constexpr (kZeros) {
+            for (int i = 0; i < kBlock; ++i) {
+                digits[0][i] = i < count ? static_cast<int8_t>(by.byte(values[i])) : int8_t{0};
+            }
+        } else {
+            digits_of<kDigits>(values, inverse, digits);
+        }
         for (int from = 0; from < count; from += kUnit) {
             *scales++ = scale;
             int32_t sums[kDigits][kWidth];
@@ -155,7 +171,7 @@ void digits_of_token(const T* x, int64_t size, int zero, int64_t token, int64_t 
 }
 
 // num_sums: stretches of sum_size elements whose sums are wanted, 0 where none are
-template <int kDigits, bool kPacked, typename T>
+template <int kDigits, bool kPacked, bool kZeros, typename T>
 void make_digits(const T* x, int64_t token_stride, int64_t num_tokens, int64_t size, int zero, int64_t num_sums,
                  int64_t sum_size, Digits& to) {
     to.num_units = (size + kUnit - 1) / kUnit;
@@ -164,9 +180,10 @@ void make_digits(const T* x, int64_t token_stride, int64_t num_tokens, int64_t s
     to.offsets.resize(num_tokens * to.num_units * num_offsets<kDigits> * kWidth);
     to.token_offsets.assign(kDigits == 1 ? num_tokens : 0, 0);
     to.scales.resize(num_tokens * to.num_units);
+    to.zeros.resize(kZeros ? num_tokens : 0);
     to.sums.resize(num_tokens * num_sums);
     parallel_for(num_tokens, 1 + 16384 / (size + 1), [&](int64_t token) {
-        digits_of_token<kDigits, kPacked>(x + token * token_stride, size, zero, token, sum_size, to);
+        digits_of_token<kDigits, kPacked, kZeros>(x + token * token_stride, size, zero, token, sum_size, to);
     });
 }
 

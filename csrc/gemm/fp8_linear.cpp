@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kRows = 4, kTokens = 4;
 
-// x as floats: [num_tokens][in_size], rounded to e4m3 and scaled back where p.activation says so
+// x as floats: [num_tokens][in_size], rounded to fp8 and scaled back where p.activation says so
 template <typename T>
 void read_x(const QuantizedLinearParams& p, std::vector<float>& x) {
     x.resize(p.num_tokens * p.in_size);
@@ -34,13 +34,21 @@ void read_x(const QuantizedLinearParams& p, std::vector<float>& x) {
             return;
         }
         const int64_t stretch = p.activation == Activation::e4m3_block ? kScaleBlock : p.in_size;
+        const ByteType type = p.activation == Activation::e5m2_token ? ByteType::e5m2 : ByteType::e4m3;
         for (int64_t begin = 0; begin < p.in_size; begin += stretch) {
             const int64_t size = std::min(stretch, p.in_size - begin);
-            const float scale = scale_of(row + begin, size, ByteType::e4m3);
+            const float scale = scale_of(row + begin, size, type);
             const float inverse = 1.0f / scale;
+            const auto round_all = [&](auto round) {
 #pragma omp simd
-            for (int64_t i = begin; i < begin + size; ++i) {
-                row[i] = to_float(e4m3{to_e4m3(row[i] * inverse)}) * scale + bad;
+                for (int64_t i = begin; i < begin + size; ++i) {
+                    row[i] = round(row[i] * inverse) * scale + bad;
+                }
+            };
+            if (type == ByteType::e5m2) {
+                round_all([](float x) { return to_float(e5m2{to_e5m2(x)}); });
+            } else {
+                round_all([](float x) { return to_float(e4m3{to_e4m3(x)}); });
             }
         }
     });

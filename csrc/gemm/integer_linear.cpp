@@ -75,6 +75,7 @@ struct Rows {
     int64_t row_scales, unit_scales;
     Ints spread;          // lane -> which of its unit's scales
     const float* shifts;  // [kRows][num_sums], scale * (8 - zero), or null
+    const int32_t* sums;  // of the weights of a row, where tokens have zero points, or null
 
     // Where byte `at` of a row lies, from the row's first.
     int64_t offset(int64_t at) const {
@@ -149,7 +150,10 @@ inline void multiply(const Rows& rows, const Digits& x, int64_t token, int64_t w
     for (int t = 0; t < kTokens; ++t) {
         for (int r = 0; r < kRows; ++r) {
             if constexpr (kDigits == 1) {
-                const uint32_t total = sum(std::bit_cast<Words>(totals[t][r])) + x.token_offsets[token + t];
+                uint32_t total = sum(std::bit_cast<Words>(totals[t][r])) + x.token_offsets[token + t];
+                if (rows.sums != nullptr) {
+                    total -= static_cast<uint32_t>(x.zeros[token + t]) * static_cast<uint32_t>(rows.sums[r]);
+                }
                 y[t][r] = static_cast<float>(static_cast<int32_t>(total)) *
                           (rows.scales[r * rows.row_scales] * x_scales[t][0]);
             } else {
@@ -237,6 +241,7 @@ void prepare(const QuantizedLinearParams& p, const Shape<kType>& shape, int64_t 
         p.weight + (interleaved ? turn * shape.row_bytes + (row - turn) * kInterleavedBytes : row * shape.row_bytes);
     rows.row_stride = interleaved ? kInterleavedBytes : shape.row_bytes;
     rows.chunk_stride = (interleaved ? kInterleavedRows : 1) * kInterleavedBytes;
+    rows.sums = p.weight_sums == nullptr ? nullptr : p.weight_sums + row;
     rows.prefetch_distance = interleaved ? kPrefetchBytes : count * shape.row_bytes;
     read_scales(p, shape, row, count, space, rows);
     if (shape.whole_units < shape.num_units) {
@@ -299,13 +304,13 @@ void all_rows(const QuantizedLinearParams& p, const Digits& x) {
     });
 }
 
-template <WeightType kType, int kDigits, typename T>
+template <WeightType kType, int kDigits, typename T, bool kZeros = false>
 void multiply_all(const QuantizedLinearParams& p) {
     static thread_local Digits digits;  // of the calling thread, which the others read
     Digits& x = digits;
     const int64_t num_sums = p.zeros == nullptr ? 0 : (p.in_size - 1) / p.block_size + 1;
-    make_digits<kDigits, kType != WeightType::int8>(static_cast<const T*>(p.x), p.x_token_stride, p.num_tokens,
-                                                    p.in_size, zero_of(kType), num_sums, p.block_size, x);
+    make_digits<kDigits, kType != WeightType::int8, kZeros>(static_cast<const T*>(p.x), p.x_token_stride, p.num_tokens,
+                                                            p.in_size, zero_of(kType), num_sums, p.block_size, x);
     if (p.num_tokens == 1) {
         all_rows<kType, kDigits, kMaxRows, 1, T>(p, x);
     } else {
@@ -320,8 +325,11 @@ void integer_linear_cpu(const QuantizedLinearParams& p) {
         constexpr int kDigits = sizeof(T) == 4 ? 3 : 2;
         switch (p.weight_type) {
             case WeightType::int8:
-                return p.activation == Activation::int8_token ? multiply_all<WeightType::int8, 1, T>(p)
-                                                              : multiply_all<WeightType::int8, kDigits, T>(p);
+                switch (p.activation) {
+                    case Activation::int8_token: return multiply_all<WeightType::int8, 1, T>(p);
+                    case Activation::int8_zeros: return multiply_all<WeightType::int8, 1, T, true>(p);
+                    default: return multiply_all<WeightType::int8, kDigits, T>(p);
+                }
             case WeightType::int4: return multiply_all<WeightType::int4, kDigits, T>(p);
             case WeightType::e2m1: return multiply_all<WeightType::e2m1, kDigits, T>(p);
             default: fail("a weight of this type is not a whole number: int8, int4 and e2m1 are");

@@ -2,7 +2,8 @@
 // the weight.
 //
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
-//   T, of x and weight: bf16 | fp16, which bias and out have too, or e4m3 | int8 with scales; K whole 16 bytes
+//   T, of x and weight: bf16 | fp16, which bias and out have too, or with scales int8, e4m3, or of x e5m2 where the
+//   weight is e4m3; K whole 16 bytes
 //
 // A block owns 16 rows of the weight and all of K; its warps take chunks of 128 bytes along K in turn, so that the
 // block reads kWarps * 128 bytes of a row at a time. The weight is the A operand. cp.async brings it to shared memory,
@@ -25,19 +26,15 @@
 #include "common/launch.h"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/load_stream.cuh"
-#include "common/ptx/mma.cuh"
+#include "common/ptx/mma_bytes.cuh"
 #include "common/ptx/pdl.cuh"
 #include "fastkernels/gemm.h"
+#include "gemm/matmul_types.h"
 
 namespace fastkernels {
 namespace {
 
 constexpr int kChunkBytes = 128;  // of a row, that a warp multiplies at a time
-
-template <typename T>
-inline constexpr bool kIsByte = sizeof(T) == 1;
-template <typename T>
-using LinearSum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
 constexpr int kPieces = 4;  // of 16 bytes, that a lane has of a chunk of the weight
 
@@ -52,9 +49,15 @@ struct TokenChunk {
 };
 
 template <typename T>
-__device__ __forceinline__ void multiply_16(LinearSum<T> (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
-        mma_m16n8k32_e4m3(sum, a, b0, b1);
+__device__ __forceinline__ void multiply_16(MatmulSum<T> (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kIsFp8<T>) {
+#if __CUDA_ARCH__ >= 900
+        mma_m16n8k32_fp8<MatmulWeight<T>, T>(sum, a, b0, b1);
+#else
+        uint32_t halves[2][4];
+        to_halves<MatmulWeight<T> >(a, halves);
+        mma_halves<T>(sum, halves, b0, b1);
+#endif
     } else if constexpr (std::is_same_v<T, int8_t>) {
         mma_m16n8k32_int8(sum, a, b0, b1);
     } else {
@@ -63,7 +66,7 @@ __device__ __forceinline__ void multiply_16(LinearSum<T> (&sum)[4], const uint32
 }
 
 template <typename T, int kTokenTiles>
-__device__ __forceinline__ void multiply(LinearSum<T> (&sum)[kTokenTiles][4], const WeightChunk& weight,
+__device__ __forceinline__ void multiply(MatmulSum<T> (&sum)[kTokenTiles][4], const WeightChunk& weight,
                                          const TokenChunk<kTokenTiles>& tokens) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -80,7 +83,7 @@ __device__ __forceinline__ void multiply(LinearSum<T> (&sum)[kTokenTiles][4], co
 
 // Of blocks: the chunk's product, times its scales, is added in fp32.
 template <typename T, MatmulScales kScales, int kTokenTiles>
-__device__ __forceinline__ void multiply_chunk(LinearSum<T> (&sum)[kTokenTiles][4], const WeightChunk& weight,
+__device__ __forceinline__ void multiply_chunk(MatmulSum<T> (&sum)[kTokenTiles][4], const WeightChunk& weight,
                                                const TokenChunk<kTokenTiles>& tokens) {
     if constexpr (kScales == MatmulScales::block) {
         float part[kTokenTiles][4] = {};
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
     constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T)), kStep = kChunk / 2,
                   kPiece = kStep / 4;  // elements
     static_assert(kDepth % kAhead == 0);
-    using Sum = LinearSum<T>;
+    using Sum = MatmulSum<T>;
     // [warp][chunk of the ring][piece][lane]; in the end the warps' sums
     extern __shared__ __align__(16) uint4 ring[];
     constexpr int kWarpPieces = kDepth * kPieces * 32;
@@ -255,15 +258,21 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) linear_kernel(const Matm
         for (int w = 0; w < kWarps; ++w) {
             added += partial(w, token, row);
         }
-        return static_cast<float>(added);
+        return added;
     };
     for (int i = threadIdx.x; i < num_tokens * out_rows; i += kWarps * 32) {
         const int token = i / out_rows;
         const int64_t row = first_row + i % out_rows;
         if (row < p.out_size) {
-            float y = whole_sum(token, i % out_rows);
+            Sum sum_of_row = whole_sum(token, i % out_rows);
+            if constexpr (std::is_same_v<T, int8_t>) {
+                if (p.x_zeros != nullptr) {
+                    sum_of_row -= p.x_zeros[token] * p.weight_sums[row];
+                }
+            }
+            float y = static_cast<float>(sum_of_row);
             if (gated) {
-                y = __fdividef(y, 1.0f + __expf(-y)) * whole_sum(token, kRows / 2 + i % out_rows);
+                y = __fdividef(y, 1.0f + __expf(-y)) * static_cast<float>(whole_sum(token, kRows / 2 + i % out_rows));
             }
             if constexpr (kScales == MatmulScales::channel) {
                 y *= p.x_scales[token] * p.weight_scales[p.num_weight_scales == 1 ? 0 : row];
@@ -303,7 +312,7 @@ void run_linear(const MatmulParams& p, void* stream) {
         } else {
             launch_linear<T, kScales, 1, 4, kScales == MatmulScales::block ? 2 : 4, 3>(p, blocks, stream);
         }
-    } else if constexpr (kScales != MatmulScales::block) {
+    } else if constexpr (kScales != MatmulScales::block && !std::is_same_v<T, __nv_fp8_e5m2>) {
         launch_linear<T, kScales, 2, 4, 2, 3>(p, blocks, stream);
     }
 }

@@ -49,19 +49,18 @@ double predicted_us(const MatmulParams& p, const MatmulTile& tile, bool split, i
     return std::max(most * chunk, memory) + parts + rounds * of_largest;
 }
 
-// A tactic that adds e4m3 up in 14 bits is only taken when it is asked for.
+// A tactic that adds fp8 up in 14 bits is only taken when it is asked for.
 int default_tactic(const MatmulParams& p, int sms) {
     if (p.num_tokens <= 8 && fits_linear_bytes(p)) {
         return kLinearTactic;
     }
-    const bool is_e4m3 = p.dtype == DType::e4m3;
     int best = -1;
     double least = 0;
     for (int tactic = 0; tactic < 2 * kNumMatmulTiles; ++tactic) {
         const MatmulTile& tile = kMatmulTiles[tactic / 2];
         // The weight's rows fill the tensor core's where tokens would not.
         const bool fits = tile.tokens_are_a ? p.num_tokens > 64 : p.num_tokens <= 256;
-        if (!fits || !has_matmul_tile(tile, is_e4m3, p.scales) || sums_in_14_bits(tile, is_e4m3)) {
+        if (!fits || !has_matmul_tile(tile, p.dtype, p.scales) || sums_in_14_bits(tile, p.dtype)) {
             continue;
         }
         const double us = predicted_us(p, tile, tactic % 2 == 1, sms);
@@ -80,30 +79,15 @@ int64_t row_stride_bytes(int64_t rows, int64_t columns, int64_t stride, int64_t 
 
 }  // namespace
 
-int matmul_num_sms() {
-    return num_sms();
-}
-
-void matmul_cuda(const MatmulParams& p, void* stream) {
-    if (p.num_tokens == 0 || p.out_size == 0) {
-        return;
-    }
-    check(on_hopper(),
-          "matmul is for Hopper GPUs (sm_90a), and for builds with its architecture");
+void matmul_sm90(const MatmulParams& p, void* stream) {
+    check(on_hopper(), "matmul: tactics 0 to ", kLinearTactic - 1,
+          ", and bf16 and fp16, are for Hopper GPUs, and for builds with their architecture, sm_90a");
     const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
-    const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
-                         reinterpret_cast<uintptr_t>(p.out) | reinterpret_cast<uintptr_t>(p.workspace);
     const int64_t x_stride = row_stride_bytes(p.num_tokens, p.in_size, p.x_token_stride, element_bytes);
     const int64_t weight_stride = row_stride_bytes(p.out_size, p.in_size, p.weight_row_stride, element_bytes);
     const int64_t out_stride = row_stride_bytes(p.num_tokens, p.out_size, p.out_token_stride, 2);
-    check(address % 16 == 0 && (x_stride | weight_stride | out_stride) % 16 == 0,
+    check((x_stride | weight_stride | out_stride) % 16 == 0 && reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0,
           "matmul: x, weight, out and their rows must be aligned to 16 bytes");
-    check(p.out_dtype == DType::bf16 || p.out_dtype == DType::f16, "matmul: out is ", name(p.out_dtype),
-          ", but the op gives bf16 and fp16");
-    check(p.scales != MatmulScales::block || p.in_size % 128 == 0, "matmul: in_size is ", p.in_size,
-          "; with scales of blocks it must be a multiple of 128");
-    check(p.in_size > 0 && p.tactic >= -1 && p.tactic < kNumMatmulTactics, "matmul: tactic is ", p.tactic,
-          ", but there are 0 to ", kNumMatmulTactics - 1, ", and -1");
 
     const int sms = num_sms();
     const int tactic = p.tactic < 0 ? default_tactic(p, sms) : p.tactic;
@@ -145,6 +129,8 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
         .bias = p.bias,
         .token_scales = p.x_scales,
         .weight_scales = p.weight_scales,
+        .token_zeros = p.x_zeros,
+        .weight_sums = p.weight_sums,
         .partials = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kMatmulCounterBytes),
         .counters = static_cast<unsigned*>(p.workspace),
         .num_tokens = static_cast<int>(p.num_tokens),
@@ -164,10 +150,11 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
         case DType::bf16: return run.template operator()<bf16, MatmulScales::none>();
         case DType::f16: return run.template operator()<fp16, MatmulScales::none>();
         case DType::i8: return run.template operator()<int8_t, MatmulScales::channel>();
+        case DType::e5m2: return run.template operator()<__nv_fp8_e5m2, MatmulScales::channel>();
         case DType::e4m3:
             return p.scales == MatmulScales::block ? run.template operator()<__nv_fp8_e4m3, MatmulScales::block>()
                                                    : run.template operator()<__nv_fp8_e4m3, MatmulScales::channel>();
-        default: fail("matmul: dtype ", name(p.dtype), " is not supported: bf16, fp16, e4m3 and int8 are");
+        default: fail("matmul: dtype ", name(p.dtype), " is not supported: bf16, fp16, e4m3, e5m2 and int8 are");
     }
 }
 

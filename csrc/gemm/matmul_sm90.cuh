@@ -1,7 +1,7 @@
 // out = x weight^T + bias on Hopper: TMA, wgmma, one block an SM that goes from tile to tile.
 //
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
-//   T, of x and weight: bf16 | fp16 | e4m3 | int8; out and bias: bf16 | fp16
+//   T, of x and weight: bf16 | fp16 | e4m3 | int8, or of x e5m2 where the weight is e4m3; out and bias: bf16 | fp16
 //
 // A tile is 128 rows of A for each block of the cluster, times kN rows of B. For many tokens A is x and B the weight;
 // for few of them A is the weight and B the tokens, so that no row of the tensor core's 64 goes to waste. K is cut into
@@ -11,8 +11,9 @@
 //   griddepcontrol.wait, while the kernel before this one ends.
 //   Consumers, 2 warpgroups, 64 rows of A each: the product of a chunk is issued before that of the one
 //   before is waited for. Out passes through shared memory, and from there by TMA, which keeps to the matrix's edges.
-// Sums are fp32, and int32 of int8. wgmma adds up e4m3 with about 14 bits: sums of 4 chunks, of one where blocks have
-// scales, are added to fp32 registers where there is room for both, that is, but for tiles of 256 columns.
+// Sums are fp32, and int32 of int8, which zero points of x, times the sums of the weight's rows, are taken off. wgmma
+// adds up fp8 with about 14 bits: sums of 4 chunks, of one where blocks have scales, are added to fp32 registers where
+// there is room for both, that is, but for tiles of 256 columns.
 // A tile that is cut along K: every warpgroup leaves its part in the workspace, and who comes last adds the parts up in
 // their order, so nobody waits, and the same bits come out whoever it is.
 //
@@ -31,6 +32,7 @@
 #include "common/ptx/tma.cuh"
 #include "common/ptx/wgmma.cuh"
 #include "gemm/matmul_sm90.h"
+#include "gemm/matmul_types.h"
 
 namespace fastkernels {
 namespace {
@@ -169,13 +171,13 @@ template <typename T, MatmulScales kScales, bool kTokensAreA, int kN, int kClust
 struct Consumer {
     using Shape = MatmulShape<T, kTokensAreA, kN, kCluster>;
     using Sum = WgmmaSum<T>;
+    using TypeOfA = std::conditional_t<kTokensAreA, T, MatmulWeight<T>>;
+    using TypeOfB = std::conditional_t<kTokensAreA, MatmulWeight<T>, T>;
     static constexpr int kSums = kN / 2;
     using Scales = ChunkScales<kTokensAreA, kN>;
     // Chunks that wgmma adds up by itself; 0: all. Of wide tiles one: the warpgroups take turns (below), so that one
     // adds while the other multiplies, and a turn of one chunk needs the fewest places in the ring.
-    static constexpr int kPromote = !std::is_same_v<T, __nv_fp8_e4m3> || kN > 192   ? 0
-                                    : kTokensAreA || kScales == MatmulScales::block ? 1
-                                                                                    : 4;
+    static constexpr int kPromote = !kIsFp8<T> || kN > 192 ? 0 : kTokensAreA || kScales == MatmulScales::block ? 1 : 4;
     static constexpr bool kTakesTurns = kPromote == 1 && kTokensAreA;
 
     const MatmulArgs& args;
@@ -205,7 +207,7 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            wgmma_ss<T, kN>(sum, a + k * (32 >> 4), b + k * (32 >> 4), !kFirst || k > 0);
+            wgmma_ss<TypeOfA, kN, TypeOfB>(sum, a + k * (32 >> 4), b + k * (32 >> 4), !kFirst || k > 0);
         }
         wgmma_commit();
     }
@@ -456,13 +458,29 @@ struct Consumer {
         return kScales == MatmulScales::channel ? args.token_scales[min(token, args.num_tokens - 1)] : 1.0f;
     }
 
+    // What zero points add to a sum is the product of these.
+    __device__ __forceinline__ Sum token_zero(int token) const {
+        if constexpr (std::is_same_v<T, int8_t>) {
+            return args.token_zeros == nullptr ? 0 : args.token_zeros[min(token, args.num_tokens - 1)];
+        }
+        return 0;
+    }
+    __device__ __forceinline__ Sum weight_sum(int row) const {
+        if constexpr (std::is_same_v<T, int8_t>) {
+            return args.weight_sums == nullptr ? 0 : args.weight_sums[min(row, args.out_size - 1)];
+        }
+        return 0;
+    }
+
     // x is A: D's rows are tokens. A panel of 64 rows of 128 bytes at a time, one being filled while TMA reads the
     // other.
     __device__ __forceinline__ void store_rows(const Sum (&sum)[kSums], int token, int row) {
         float scale[2];
+        Sum zero[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             scale[half] = token_scale(token + warp * 16 + lane / 4 + half * 8);
+            zero[half] = token_zero(token + warp * 16 + lane / 4 + half * 8);
         }
 #pragma unroll
         for (int pass = 0; pass < kN / 64; ++pass) {
@@ -484,11 +502,14 @@ struct Consumer {
                     const Sum* d = sum + pass * 32 + i * 8 + tile * 4;
                     const float factor[2] = {weight_scale(column), weight_scale(column + 1)};
                     const float more[2] = {bias(column), bias(column + 1)};
+                    const Sum row_sum[2] = {weight_sum(column), weight_sum(column + 1)};
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
+                        const Sum low = d[half * 2] - zero[half] * row_sum[0];
+                        const Sum high = d[half * 2 + 1] - zero[half] * row_sum[1];
                         pairs[tile * 2 + half] =
-                            pack_out(finish(d[half * 2], scale[half] * factor[0], more[0]),
-                                     finish(d[half * 2 + 1], scale[half] * factor[1], more[1]), args.out_is_fp16);
+                            pack_out(finish(low, scale[half] * factor[0], more[0]),
+                                     finish(high, scale[half] * factor[1], more[1]), args.out_is_fp16);
                     }
                 }
                 const uint32_t address = panel + (warp * 16 + lane % 16) * 128 + ((i * 2 + lane / 16) ^ lane % 8) * 16;
@@ -508,10 +529,12 @@ struct Consumer {
     __device__ __forceinline__ void store_columns(const Sum (&sum)[kSums], int token, int row) {
         const uint32_t panel = shared_address(shared.out[group]);
         float factor[2], more[2];
+        Sum row_sum[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             factor[half] = weight_scale(row + warp * 16 + lane / 4 + half * 8);
             more[half] = bias(row + warp * 16 + lane / 4 + half * 8);
+            row_sum[half] = weight_sum(row + warp * 16 + lane / 4 + half * 8);
         }
         if (threadIdx.x % 128 == 0) {
             tma_store_wait_read<0>();
@@ -525,11 +548,14 @@ struct Consumer {
                 const int column = token + i * 16 + tile * 8 + lane % 4 * 2;
                 const Sum* d = sum + i * 8 + tile * 4;
                 const float scale[2] = {token_scale(column), token_scale(column + 1)};
+                const Sum zero[2] = {token_zero(column), token_zero(column + 1)};
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
+                    const Sum low = d[half * 2] - zero[0] * row_sum[half];
+                    const Sum high = d[half * 2 + 1] - zero[1] * row_sum[half];
                     pairs[tile * 2 + half] =
-                        pack_out(finish(d[half * 2], scale[0] * factor[half], more[half]),
-                                 finish(d[half * 2 + 1], scale[1] * factor[half], more[half]), args.out_is_fp16);
+                        pack_out(finish(low, scale[0] * factor[half], more[half]),
+                                 finish(high, scale[1] * factor[half], more[half]), args.out_is_fp16);
                 }
             }
             const uint32_t address =
@@ -642,7 +668,7 @@ __global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kTokensAre
 template <typename T, MatmulScales kScales, int kTile>
 void launch_tile(const MatmulArgs& args, int blocks, void* stream) {
     constexpr MatmulTile kT = kMatmulTiles[kTile];
-    if constexpr (has_matmul_tile(kT, std::is_same_v<T, __nv_fp8_e4m3>, kScales)) {
+    if constexpr (has_matmul_tile(kT, kMatmulDType<T>, kScales)) {
         using Shape = MatmulShape<T, kT.tokens_are_a, kT.columns, kT.cluster>;
         launch(matmul_sm90_kernel<T, kScales, kT.tokens_are_a, kT.columns, kT.cluster>,
                {.grid = dim3(blocks), .block = dim3(Shape::kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true},

@@ -16,25 +16,32 @@ struct MatmulTile {
 };
 inline constexpr int kMatmulRows = 128;
 
-// The tactics: tile t with whole tiles is 2t, with stream-K 2t + 1; the last is linear's kernel for few tokens.
+// The tactics: tile t with whole tiles is 2t, with stream-K 2t + 1. Then linear's kernel for few tokens, and the tiles
+// of matmul_sm80.h, which are for any GPU.
 inline constexpr MatmulTile kMatmulTiles[] = {
     {true, 256, 2}, {true, 256, 1}, {true, 192, 2}, {true, 128, 2},
     {true, 128, 1}, {false, 32, 1}, {false, 64, 1}, {false, 128, 2},
 };
 inline constexpr int kNumMatmulTiles = sizeof(kMatmulTiles) / sizeof(kMatmulTiles[0]);
 inline constexpr int kLinearTactic = 2 * kNumMatmulTiles;
-static_assert(kNumMatmulTactics == kLinearTactic + 1);
 
-// Block scales multiply partial sums: beside these there is no room for those of 256 columns, or of 128 columns with a
-// scale each. Tiles of 192 columns are the widest that leave e4m3 room for both; other types have those of 256.
-constexpr bool has_matmul_tile(const MatmulTile& tile, bool is_e4m3, MatmulScales scales) {
-    const bool by_block = tile.columns <= (tile.tokens_are_a ? 192 : 64);
-    return (scales != MatmulScales::block || by_block) && (tile.columns != 192 || is_e4m3);
+constexpr bool is_fp8(DType dtype) {
+    return dtype == DType::e4m3 || dtype == DType::e5m2;
 }
 
-// Whether wgmma adds a whole product of e4m3 up by itself, with about 14 bits.
-constexpr bool sums_in_14_bits(const MatmulTile& tile, bool is_e4m3) {
-    return is_e4m3 && tile.columns == 256;
+// Block scales multiply partial sums: beside these there is no room for those of 256 columns, or of 128 columns with a
+// scale each. Tiles of 192 columns are the widest that leave fp8 room for both; other types have those of 256. e5m2 has
+// one tile a width, of those that add up in fp32.
+constexpr bool has_matmul_tile(const MatmulTile& tile, DType dtype, MatmulScales scales) {
+    const bool by_block = tile.columns <= (tile.tokens_are_a ? 192 : 64);
+    const bool fits_e5m2 = tile.columns < 256 && (tile.columns != 128 || tile.cluster == 1);
+    return (scales != MatmulScales::block || by_block) && (tile.columns != 192 || is_fp8(dtype)) &&
+           (dtype != DType::e5m2 || fits_e5m2);
+}
+
+// Whether wgmma adds a whole product of fp8 up by itself, with about 14 bits.
+constexpr bool sums_in_14_bits(const MatmulTile& tile, DType dtype) {
+    return is_fp8(dtype) && tile.columns == 256;
 }
 
 struct MatmulArgs {
@@ -46,6 +53,8 @@ struct MatmulArgs {
     const void* bias;            // [out_size] of out's type, or null
     const float* token_scales;   // channel: [num_tokens]; block: [num_tokens, chunks]
     const float* weight_scales;  // channel: [out_size], or one; block: [ceil(out_size / 128), chunks]
+    const int* token_zeros;      // of int8: [num_tokens], or null: 0
+    const int* weight_sums;      // with token_zeros: [out_size]
     float* partials;             // [blocks, 2, columns * 128] sums of parts of tiles, as the threads hold them
     unsigned* counters;          // [split_tiles, cluster, 2 warpgroups], zero before and after
     int num_tokens, out_size;
@@ -53,7 +62,9 @@ struct MatmulArgs {
     bool constant_weight, out_is_fp16;
 };
 
-// T: bf16, fp16, e4m3 or int8, of x and weight.
+void matmul_sm90(const MatmulParams& p, void* stream);  // its tactics, linear's, and -1
+
+// T: bf16, fp16, e4m3, e5m2 or int8, of x.
 template <typename T, MatmulScales kScales>
 void matmul_sm90_tile(const MatmulArgs& args, int tile, int blocks, void* stream);
 

@@ -26,9 +26,14 @@ struct Plain {
 
 void quantize_cuda(const QuantizeParams& p, void* stream) {
     visit_float(p.dtype, [&]<typename T>() {
-        launch_quantize<T>("quantize", Plain<T>{static_cast<const T*>(p.x), p.x_token_stride},
-                           reinterpret_cast<uintptr_t>(p.x), p.x_token_stride,
-                           {p.out, p.out_token_stride, p.num_tokens, p.size, p.bytes}, stream);
+        const Plain<T> source{static_cast<const T*>(p.x), p.x_token_stride};
+        const auto address = reinterpret_cast<uintptr_t>(p.x);
+        const ByteRows rows{p.out, p.out_token_stride, p.num_tokens, p.size, p.bytes};
+        if (p.bytes.type == ByteType::e5m2) {
+            launch_quantize_to<__nv_fp8_e5m2, T>("quantize", source, address, p.x_token_stride, rows, stream);
+        } else {
+            launch_quantize<T>("quantize", source, address, p.x_token_stride, rows, stream);
+        }
     });
 }
 

@@ -154,6 +154,13 @@ ARGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str, set[str | None
         {"int8"},
         4,
     ),
+    "int8-zeros": (
+        {"num_bits": 8, "type": "int", "strategy": "channel"},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": False},
+        "int-quantized",
+        {"int8-zeros"},
+        4,
+    ),
     "int8-tensor": (
         {"num_bits": 8, "type": "int", "strategy": "tensor"},
         {"num_bits": 8, "type": "int", "strategy": "tensor"},
@@ -311,7 +318,7 @@ def test_what_the_package_wrote_is_read(tmp_path: Path, case: str) -> None:
         torch.testing.assert_close(ours, weight, rtol=limit, atol=0)
     exact = definition_logits(folder, {name: linear.scheme for name, linear in quantized.linears.items()})
     error = (logits_of(folder) - exact).norm() / exact.norm()
-    assert error < (2e-2 if schemes & {"fp8", "fp8-block", "int8"} else 1e-4)
+    assert error < (2e-2 if schemes & {"fp8", "fp8-block", "int8", "int8-zeros"} else 1e-4)
 
 
 def config_of(

@@ -203,9 +203,8 @@ def test_the_layouts_of_cuda(
     plan = compile_for(
         checkpoint.config, EngineConfig(), torch.device("cuda", 0), torch.bfloat16, checkpoint.quantized
     )
-    ending = "-weight@cuda" if case.startswith("fp8") and capability == (8, 0) else "@cuda"
     found = {step.attributes["scheme"] for step in plan.steps if "scheme" in step.attributes}
-    assert found == {f"{scheme}{ending}" for scheme in schemes}
+    assert found == {f"{scheme}@cuda" for scheme in schemes}
     for weights in (
         load_plan(plan, checkpoint, device="cpu", dtype=torch.bfloat16),
         random_weights(plan, device="cpu", dtype=torch.bfloat16),

@@ -31,7 +31,7 @@ from fastkernels.compiler.tune.calls import random_weight, random_x
 from fastkernels.compiler.tune.timer import CudaTimer, num_copies, rounds
 from fastkernels.config import ConfigError, cache_folder, tune_mode
 from fastkernels.models.presets import PRESETS
-from fastkernels.ops.gemm import MATMUL_TILES, NUM_MATMUL_TACTICS
+from fastkernels.ops.gemm import LINEAR_TACTIC, MATMUL_SM80_TILES, MATMUL_TILES, NUM_MATMUL_TACTICS
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -79,6 +79,8 @@ def test_tiles_are_those_of_the_kernel():
     table = source.partition("kMatmulTiles[] = {")[2].partition("};")[0]
     found = re.findall(r"\{(true|false), (\d+), (\d+)\}", table)
     assert [(a == "true", int(c), int(n)) for a, c, n in found] == list(MATMUL_TILES)
+    tiles = ", ".join(map(str, MATMUL_SM80_TILES))
+    assert f"kMatmulSm80Tiles[] = {{{tiles}}};" in (CSRC / "gemm" / "matmul_sm80.h").read_text()
     assert f"kNumMatmulTactics = {NUM_MATMUL_TACTICS};" in (CSRC / "include/fastkernels/gemm.h").read_text()
 
 
@@ -122,13 +124,23 @@ def test_what_the_kernels_do_not_take_is_no_tactic():
 
 
 @pytest.mark.parametrize("num_tokens", BUCKETS)
-@pytest.mark.parametrize("weight", ["e4m3", "e4m3-block", "int8"])
+@pytest.mark.parametrize("weight", ["e4m3", "e4m3-block", "int8", "int8-zeros", "e5m2"])
 def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
     """No tile with sums of 14 bits, and none that the kernel refuses (tests/ops/test_matmul_sm90.py)."""
     product = Product("matmul", weight, BF16, 6144, 4096)
     numbers = {tactic.number for tactic in tactics_of(product, num_tokens, HOPPER)}
-    refused = {"e4m3": {0, 1, 2, 3}, "e4m3-block": {0, 1, 2, 3, 14, 15}, "int8": {4, 5}}[weight]
+    refused = {
+        "e4m3": {0, 1, 2, 3},
+        "e4m3-block": {0, 1, 2, 3, 14, 15},
+        "e5m2": {0, 1, 2, 3, 6, 7, 14, 15},
+    }.get(weight, {4, 5})
     assert numbers and not numbers & refused
+    streams = num_tokens <= (8 if weight in ("e4m3-block", "e5m2") else 16)
+    for_any = {LINEAR_TACTIC + 1, LINEAR_TACTIC + 2}
+    assert not numbers & for_any and (LINEAR_TACTIC in numbers) == streams
+    assert {tactic.number for tactic in tactics_of(product, num_tokens, AMPERE)} == (
+        {LINEAR_TACTIC, *for_any} if streams else for_any
+    )
     assert rule(product, num_tokens) == Tactic("matmul", -1)
 
 
@@ -344,6 +356,8 @@ def test_calls_of_torch_and_linear(tactic, has_bias):
         Product("matmul", "e4m3-block", BF16, 200, 384, has_bias=True),
         Product("matmul", "e4m3-block", BF16, 200, 128),
         Product("matmul", "int8", torch.float16, 200, 384, has_bias=True),
+        *(Product("matmul", "int8-zeros", BF16, 200, 384, has_bias) for has_bias in (False, True)),
+        Product("matmul", "e5m2", BF16, 200, 384),
         *(Product("quantized_linear", name, BF16, 200, 384) for name in ("int4-g128", "e4m3-block")),
     ],
     ids=str,
@@ -354,7 +368,8 @@ def test_calls_of_the_gpus_kernels(product):
     x, weights = random_x(product, 40, cpu), random_weight(product, cpu)
     out = torch.empty(24, product.out_size, dtype=product.dtype)
     workspace = torch.zeros(16, dtype=torch.uint8)
-    tactics = [t for t in tactics_of(product, 24, HOPPER) if t.kernel not in ("torch", "linear")]
+    tactics = [*tactics_of(product, 24, HOPPER), *tactics_of(product, 24, AMPERE)]
+    tactics = [tactic for tactic in tactics if tactic.kernel not in ("torch", "linear")]
     for tactic in (*tactics, rule(product, 24)):
         if tactic != TORCH:
             with pytest.raises(ValueError, match=r"no kernel for the CPU|runs on CUDA only"):

@@ -7,6 +7,7 @@ from fastkernels import ops
 from fastkernels.ops import reference
 from fastkernels.ops.gemm import LINEAR_TACTIC, NUM_MATMUL_TACTICS, matmul_workspace
 from tests.conftest import CUDA_REASON
+from tests.ops.matmul_cases import SCHEMES, exact_quantized, operands, quantized_operands
 from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 
 pytestmark = [
@@ -17,11 +18,14 @@ pytestmark = [
     ),
 ]
 
-TACTICS = list(range(-1, NUM_MATMUL_TACTICS))
+TACTICS = list(range(-1, LINEAR_TACTIC + 1))  # those behind it: test_matmul_sm80.py
 FAST_FP8 = (0, 1, 2, 3)  # tiles of 256 columns: sums of e4m3 with about 14 bits
 NOT_BY_BLOCKS = (0, 1, 2, 3, 14, 15)
 ONLY_FP8 = (4, 5)  # tiles of 192 columns
+NOT_OF_E5M2 = (0, 1, 2, 3, 6, 7, 14, 15)
+NO_TILE = {"fp8-block": NOT_BY_BLOCKS, "fp8-e5m2": NOT_OF_E5M2, "int8": ONLY_FP8, "int8-zeros": ONLY_FP8}
 TACTICS_16_BITS = [tactic for tactic in TACTICS if tactic not in (*ONLY_FP8, LINEAR_TACTIC)]
+MOST_STREAMED = {"fp8-block": 8, "fp8-e5m2": 8}
 TOKENS = [1, 3, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 256, 300]
 SIZES = [  # out_size, in_size; tiles are 32 to 256, chunks of K 64 or 128
     (8, 16),
@@ -30,51 +34,11 @@ SIZES = [  # out_size, in_size; tiles are 32 to 256, chunks of K 64 or 128
     (1000, 528),
     (4104, 1024),
 ]
-# scheme -> weight_type, rows of a block (0: all), its size (0: all), activation
-SCHEMES = {
-    "fp8": ("e4m3", 1, 0, "e4m3"),
-    "fp8-one-scale": ("e4m3", 0, 0, "e4m3"),
-    "fp8-block": ("e4m3", 128, 128, "e4m3-block"),
-    "int8": ("int8", 1, 0, "int8"),
-}
 
 
 @pytest.fixture(scope="module")
 def workspace():
     return matmul_workspace(torch.device("cuda"))
-
-
-def operands(num_tokens, out_size, in_size, dtype):
-    x = torch.randn(num_tokens, in_size, device="cuda", dtype=dtype)
-    weight = torch.randn(out_size, in_size, device="cuda", dtype=dtype) * in_size**-0.5
-    return x, weight, torch.randn(out_size, device="cuda", dtype=dtype)
-
-
-def quantized_operands(scheme, num_tokens, out_size, in_size, dtype):
-    weight_type, rows, size, activation = SCHEMES[scheme]
-    rows, size = rows or out_size, size or in_size
-    if weight_type == "int8":
-        weight, spread = torch.randint(-128, 128, (out_size, in_size), device="cuda").to(torch.int8), 74.0
-    else:
-        weight, spread = torch.randn(out_size, in_size, device="cuda").mul(20).to(torch.float8_e4m3fn), 20.0
-    scales = torch.rand(-(-out_size // rows), -(-in_size // size), device="cuda").add(0.5) / (
-        spread * in_size**0.5
-    )
-    return {
-        "x": torch.randn(num_tokens, in_size, device="cuda", dtype=dtype),
-        "weight": weight,
-        "scales": scales,
-        "bias": torch.randn(out_size, device="cuda", dtype=dtype),
-        "weight_type": weight_type,
-        "block": (rows, size),
-        "activation": activation,
-    }
-
-
-def exact_quantized(given, dtype=torch.float64):
-    """In float64 (or dtype) from the bytes that the product is of, which are those of the CPU."""
-    on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-    return reference.quantized_linear(**on_cpu, dtype=dtype).cuda()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -107,14 +71,14 @@ def test_every_number_of_tokens(tactic, workspace):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tactic", TACTICS)
 def test_quantized_linear_matches_reference(tactic, scheme, workspace):
-    if (scheme == "fp8-block" and tactic in NOT_BY_BLOCKS) or (scheme == "int8" and tactic in ONLY_FP8):
+    if tactic in NO_TILE.get(scheme, ()):
         given = quantized_operands(scheme, 2, 128, 128, torch.bfloat16)
         with pytest.raises(Exception, match="there is no tile"):
             ops.quantized_linear(**given, tactic=tactic, workspace=workspace)
         return
     for index, (out_size, in_size) in enumerate(SIZES):
         for num_tokens in TOKENS[index % 2 :: 2]:
-            if tactic == LINEAR_TACTIC and num_tokens > (8 if scheme == "fp8-block" else 16):
+            if tactic == LINEAR_TACTIC and num_tokens > MOST_STREAMED.get(scheme, 16):
                 continue
             dtype = torch.bfloat16 if num_tokens % 2 else torch.float16
             size = -(-in_size // 128) * 128 if scheme == "fp8-block" else in_size
@@ -135,7 +99,7 @@ def test_quantized_linear_matches_reference(tactic, scheme, workspace):
 
 
 def test_the_tactic_of_few_tokens_says_what_it_takes(workspace):
-    for scheme, num_tokens, in_size in (("fp8", 17, 128), ("fp8-block", 9, 128), ("int8", 17, 128)):
+    for scheme, num_tokens, in_size in (("fp8", 17, 128), ("fp8-block", 9, 128), ("fp8-e5m2", 9, 128)):
         given = quantized_operands(scheme, num_tokens, 128, in_size, torch.bfloat16)
         with pytest.raises(Exception, match="the tactic of few tokens takes"):
             ops.quantized_linear(**given, tactic=LINEAR_TACTIC, workspace=workspace)
@@ -231,15 +195,13 @@ def test_nothing_to_do(workspace):
 
 def test_refuses(workspace):
     x, weight, _ = operands(40, 64, 64, torch.bfloat16)
-    with pytest.raises(ValueError, match="tactic is 20, but the op takes 0 to 19, and -1"):
-        ops.linear(x, weight, tactic=20, workspace=workspace)
+    with pytest.raises(ValueError, match=f"tactic is {NUM_MATMUL_TACTICS}, but the op takes 0 to"):
+        ops.linear(x, weight, tactic=NUM_MATMUL_TACTICS, workspace=workspace)
     with pytest.raises(Exception, match="rows must be aligned to 16 bytes"):
         ops.linear(x, weight[:60], tactic=-1, workspace=workspace)
     with pytest.raises(Exception, match="workspace must have"):
         ops.linear(x, weight, tactic=-1, workspace=workspace[:1000])
     given = quantized_operands("fp8", 3, 64, 64, torch.bfloat16)
-    with pytest.raises(ValueError, match="on CUDA: activation is None, but the op takes 'int8', 'e4m3'"):
-        ops.quantized_linear(**{**given, "activation": None})
     with pytest.raises(ValueError, match="on CUDA: scales is bf16, but the op takes fp32"):
         ops.quantized_linear(**{**given, "scales": given["scales"].bfloat16()})
     with pytest.raises(ValueError, match=r"block is \(1, 64\), but with 'e4m3-block' the op takes"):

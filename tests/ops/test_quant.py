@@ -9,6 +9,7 @@ from tests.tolerances import poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BYTES = [torch.float8_e4m3fn, torch.int8]
+LARGEST = {torch.float8_e4m3fn: 448, torch.int8: 127, torch.float8_e5m2: 57344}
 PERS = ["tensor", "token", "block"]
 SHAPES = [(1, 128), (3, 256), (0, 128), (7, 4096), (1, 14336), (64, 1152), (2, 20480), (300, 384)]
 EPS = 1e-5
@@ -91,10 +92,9 @@ def assert_quantized(result, scales, exact, per, given):
 def test_matches_reference(case, dtype, byte, per, device):
     for shape in SHAPES:
         call, exact = case(shape, dtype, device)
-        largest = 448 if byte == torch.float8_e4m3fn else 127
         how = {"per": per, "dtype": byte}
         if per == "tensor":  # some values are cut off
-            how["scales"] = torch.tensor([2.5 / largest], device=device)
+            how["scales"] = torch.tensor([2.5 / LARGEST[byte]], device=device)
         out = poisoned(*shape, dtype=torch.int8, device=device).view(byte)
         result, scales = call(out=out, **how)
         assert result is out
@@ -104,7 +104,60 @@ def test_matches_reference(case, dtype, byte, per, device):
         assert torch.equal(scales, again_scales)
 
 
-@pytest.mark.parametrize("byte", BYTES, ids=str)
+@pytest.mark.parametrize("per", PERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_alone_gives_e5m2(dtype, per, device):
+    test_matches_reference(plain_case, dtype, torch.float8_e5m2, per, device)
+    weight = torch.ones(128, device=device, dtype=dtype)
+    with pytest.raises(ValueError, match=r"rms_norm_quant: dtype is torch\.float8_e5m2, but the op takes"):
+        ops.rms_norm_quant(torch.ones(1, 128, device=device, dtype=dtype), weight, dtype=torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_points(dtype, device):
+    for shape in [*SHAPES, (5, 16), (2, 48)]:
+        for shift in (0.0, 2.0, -40.0):
+            x = (torch.randn(shape, device=device) * 3 + shift).to(dtype)
+            out = poisoned(*shape, dtype=torch.int8, device=device)
+            result, scales, zeros = ops.quantize_zeros(x, out=out)
+            assert result is out
+            expected, expected_scales, expected_zeros = reference.quantize_zeros(x)
+            assert torch.equal(result, expected) and torch.equal(zeros, expected_zeros)
+            assert torch.equal(scales, expected_scales)
+            back = (result.double() - zeros[:, None]) * scales[:, None].double()
+            assert ((back - x.double()).abs() <= 0.501 * scales[:, None]).all()
+
+
+def test_zero_points_of_extremes(device):
+    x = torch.zeros(6, 256, device=device)
+    x[1, 7], x[2, 3], x[2, 200], x[3], x[4, 255], x[5, 0] = 1e-38, 3e38, -3e38, 5.0, torch.nan, torch.inf
+    result, scales, zeros = ops.quantize_zeros(x)
+    assert torch.isfinite(scales[:4]).all() and (scales[:4] > 0).all() and scales[4:].isnan().all()
+    assert (result[0] == zeros[0]).all() and (result[3] == 127).all() and zeros[3].item() == -127
+    assert result[2, 3].item() == 127 and result[2, 200].item() == -127 and zeros[2].item() == 0
+    wide = torch.randn(5, 768, device=device, dtype=torch.bfloat16)
+    dense = ops.quantize_zeros(wide[:, 256:512].contiguous())
+    for one, other in zip(ops.quantize_zeros(wide[:, 256:512]), dense, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_zero_points_opcheck_compile_and_refusals(device):
+    x = torch.randn(3, 64, device=device)
+    parts = ops.quantize_zeros(x)
+    torch.library.opcheck(torch.ops.fastkernels.quantize_zeros.default, (x, *parts))
+    compiled = torch.compile(lambda a: ops.quantize_zeros(a)[2] + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), parts[2] + 1)
+    with pytest.raises(ValueError, match="a row has 40 elements, but the op takes a multiple of 16"):
+        ops.quantize_zeros(x[:, :40])
+    with pytest.raises(ValueError, match="zeros is fp32, but the op takes int32"):
+        ops.quantize_zeros(x, zeros=torch.zeros(3, device=device))
+    with pytest.raises(ValueError, match=r"zeros has shape \[2\]"):
+        ops.quantize_zeros(x, zeros=torch.zeros(2, device=device, dtype=torch.int32))
+    with pytest.raises(ValueError, match="out is uint8, but the op takes int8"):
+        ops.quantize_zeros(x, out=torch.zeros(3, 64, device=device, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("byte", [*BYTES, torch.float8_e5m2], ids=str)
 def test_every_value_rounds_as_torch_does(byte, device):
     one = torch.ones(1, device=device)
     values = torch.arange(-60000, 60000, 16, device=device).bfloat16().unique().float()

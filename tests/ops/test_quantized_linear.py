@@ -28,6 +28,7 @@ ODD_SIZES = [(5, 2), (7, 34), (12, 200), (37, 1002)]  # of schemes with a scale 
 SCHEMES: dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]] = {
     "int8-weight": ("int8", None, 1, torch.float32, False, None),
     "int8": ("int8", None, 1, torch.float32, False, "int8"),
+    "int8-zeros": ("int8", None, 1, torch.float32, False, "int8-zeros"),
     "int4-channel": ("int4", None, 1, torch.bfloat16, False, None),
     "int4-channel-zeros": ("int4", None, 1, torch.float32, True, None),
     "int4-g16": ("int4", 16, 1, torch.bfloat16, False, None),
@@ -38,6 +39,7 @@ SCHEMES: dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]] =
     "nvfp4": ("e2m1", 16, 1, torch.float8_e4m3fn, False, None),
     "mxfp4": ("e2m1", 32, 1, torch.uint8, False, None),
     "fp8": ("e4m3", None, 1, torch.float32, False, "e4m3"),
+    "fp8-e5m2": ("e4m3", None, 1, torch.float32, False, "e5m2"),
     "fp8-weight": ("e4m3", None, 1, torch.bfloat16, False, None),
     "fp8-block": ("e4m3", 128, 128, torch.float32, False, "e4m3-block"),
     "fp8-block-weight": ("e4m3", 48, 5, torch.float32, False, None),
@@ -133,6 +135,8 @@ def test_interleaved_rows_give_the_same(scheme):
         for num_tokens in (1, 2, 9):
             given = operands(scheme, num_tokens, out_size, in_size, torch.bfloat16)
             expected = ops.quantized_linear(**given)
+            if given["activation"] == "int8-zeros":
+                given["weight_sums"] = ops.row_sums(given["weight"])
             given["weight"] = ops.interleave_rows(given["weight"])
             assert torch.equal(ops.quantized_linear(**given, interleaved=True), expected)
 
@@ -214,7 +218,7 @@ def test_outliers_zeros_and_nan_stay_in_their_token(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_largest_in_size(scheme):
-    given = operands(scheme, 2, 5, 1 << 17, torch.float32)
+    given = operands(scheme, 2, 5, 1 << (16 if scheme == "int8-zeros" else 17), torch.float32)
     if SCHEMES[scheme][0] == "int8":  # the largest sum of products there can be, in int32
         given["weight"].fill_(-128)
         given["x"].fill_(1.0)
@@ -233,7 +237,15 @@ def test_opcheck_and_compile(scheme):
         ops.quantized_gemm.ACTIVATIONS[given["activation"]],
         False,
     )
-    tensors = (given["x"], given["weight"], given["scales"], given.get("zeros"), given.get("global_scale"))
+    sums = ops.row_sums(given["weight"]) if given["activation"] == "int8-zeros" else None
+    tensors = (
+        given["x"],
+        given["weight"],
+        given["scales"],
+        given.get("zeros"),
+        given.get("global_scale"),
+        sums,
+    )
     torch.library.opcheck(
         torch.ops.fastkernels.quantized_linear.default,
         (*tensors, given["bias"], *codes, out),
@@ -294,6 +306,21 @@ def test_refuses_what_it_does_not_take():
         ops.quantized_linear(**int8, zeros=torch.zeros(24, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"block is \(1, 128\), but int8 weights have a scale a row"):
         ops.quantized_linear(**{**int8, "block": (1, 128)})
+    with pytest.raises(ValueError, match="weight_sums are given, but they go with activation 'int8-zeros'"):
+        ops.quantized_linear(**int8, weight_sums=ops.row_sums(int8["weight"]))
+    zeros = operands("int8-zeros", 3, 24, 256, torch.bfloat16)
+    with pytest.raises(ValueError, match="weight_sums is fp32, but the op takes int32"):
+        ops.quantized_linear(**zeros, weight_sums=torch.ones(24))
+    with pytest.raises(ValueError, match=r"weight_sums has shape \[23\], but the op takes \[out_size\]"):
+        ops.quantized_linear(**zeros, weight_sums=ops.row_sums(zeros["weight"])[1:])
+    with pytest.raises(ValueError, match="with activation 'int8-zeros' interleaved rows take weight_sums"):
+        ops.quantized_linear(**zeros, interleaved=True)
+    with pytest.raises(
+        ValueError, match="in_size is 65552, but with activation 'int8-zeros' the op takes up"
+    ):
+        ops.quantized_linear(**operands("int8-zeros", 1, 2, 65552, torch.bfloat16))
+    with pytest.raises(ValueError, match="activation is 'e5m2', but with int8 weights the op takes"):
+        ops.quantized_linear(**{**int8, "activation": "e5m2"})
     with pytest.raises(ValueError, match="in_size is 131073, but the op takes 1 to 131072"):
         ops.quantized_linear(torch.zeros(1, 131073), int8["weight"], int8["scales"], weight_type="int8")
 

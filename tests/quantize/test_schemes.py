@@ -140,7 +140,7 @@ def test_names():
     for wrong in ("int3", "INT8", "int4-g16", "int4-zeros-g32", ""):
         with pytest.raises(
             QuantizationError,
-            match=r"no quantization scheme is called '.*'; there are fp8, fp8-block, int8, int8-weight, ",
+            match=r"no quantization scheme is called '.*'; there are fp8, fp8-block, int8, int8-zeros, ",
         ):
             find_scheme(wrong)
 

@@ -71,11 +71,6 @@ def in_rows(packed: torch.Tensor) -> torch.Tensor:
     return groups.transpose(1, 2).reshape(packed.shape)
 
 
-def skip_without_hopper(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("schemes that round activations are for Hopper GPUs")
-
-
 def greedy(model: nn.Module, token_ids: list[int]) -> list[int]:
     tokens = list(token_ids)
     with torch.inference_mode():
@@ -111,8 +106,6 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
 def test_half_precision(demo, name, dtype, device):
     """Logits no further from the dequantised model in fp32 than twice the engine's own in that dtype."""
     scheme = find_scheme(name)
-    if scheme.activation is not None:
-        skip_without_hopper(device)
     ids = list(range(40, 100))
     model = definition_of(demo, scheme, None)
     with torch.inference_mode():
@@ -254,7 +247,6 @@ def test_what_cuda_does_not_take():
 @pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
 def test_rounded_activations_give_the_cpus_logits(demo, name, dtype, head, device):
     """One sequence in steps of many tokens, and of 1, 3 and 17; against the CPU's engine in fp32."""
-    skip_without_hopper(device)
     ids = list(range(40, 100))
     options = {"max_num_seqs": 1, "quantization": name, "head_quantization": head}
     with LLM("demo", device="cpu", dtype="fp32", **options) as llm:
@@ -269,7 +261,6 @@ def test_rounded_activations_give_the_cpus_logits(demo, name, dtype, head, devic
 @pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
 def test_rounded_activations_decode_as_they_prefill(demo, name, device):
     """Tokens that decode steps chose, in graphs on a GPU, are (nearly) those that a prefill would."""
-    skip_without_hopper(device)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM("demo", device=device.type, dtype="bf16", max_num_seqs=4, quantization=name) as llm:
         outputs = llm.generate(PROMPTS, params)
@@ -333,20 +324,25 @@ def test_bytes_are_made_where_the_values_are(demo):
 
 def matmul_on_the_cpu(inputs, outputs, attributes):
     """What the GPU's kernel computes, for a plan that is run without one."""
-    x, x_scales, weight, scales, *bias = inputs
+    if attributes["scheme"] == "int8-zeros@cuda":
+        x, x_scales, zeros, weight, scales, sums, *bias = inputs
+    else:
+        x, x_scales, weight, scales, *bias = inputs
+        zeros = sums = torch.zeros(())
     block = find_scheme(attributes["scheme"]).block(x.shape[1])
 
     def call() -> None:
         whole = reference.dequantize_weight(weight, scales, "e4m3", block, None, None, torch.float32)
         by_element = x_scales[:, None] if x_scales.dim() == 1 else x_scales.repeat_interleave(128, 1)
-        product = (x.float() * by_element) @ whole.t()
+        assert sums.dim() == 0 or torch.equal(sums, ops.row_sums(weight))
+        product = ((x.float() - zeros.unsqueeze(-1)) * by_element) @ whole.t()
         outputs[0].copy_(product + bias[0] if bias else product)
 
     return call
 
 
 @pytest.mark.parametrize("disabled", [(), ("fuse_quantize",)], ids=["fused", "alone"])
-@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8", "int8-zeros"])
 def test_the_gpus_plan_gives_the_cpus_logits(demo, name, disabled, monkeypatch):
     monkeypatch.setitem(bind.BINDERS, "matmul", matmul_on_the_cpu)
     ids = list(range(40, 100))
@@ -370,19 +366,28 @@ def test_a_gpus_plan_does_not_run_on_the_cpu():
 
 
 def test_schemes_by_compute_capability(demo, monkeypatch):
-    for name in ("fp8", "fp8-block", "int8"):
-        assert on_cuda(name, (9, 0)) == f"{name}@cuda"
+    for name in ("fp8", "fp8-block", "int8", "int8-zeros", "int4-g32"):
+        for capability in ((8, 0), (8, 9), (9, 0)):
+            assert on_cuda(name, capability) == on_cuda(f"{name}@cuda", capability) == f"{name}@cuda"
         with pytest.raises(
             QuantizationError,
-            match=rf"{name} rounds activations, and its products are for GPUs of compute capability 9\.0; "
-            rf"this one has 8\.0, where there are {name}-weight, int4 and its endings, nvfp4 and mxfp4",
+            match=r"quantised weights are for GPUs of compute capability 8\.0 and later; this one has 7\.5",
         ):
-            on_cuda(name, (8, 0))
-    assert on_cuda("int4-g32", (8, 0)) == on_cuda("int4-g32@cuda", (8, 0)) == "int4-g32@cuda"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+            on_cuda(name, (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     options = EngineConfig(quantization="int4", head_quantization="fp8")
-    with pytest.raises(QuantizationError, match=r"this one has 8\.9"):
+    with pytest.raises(QuantizationError, match=r"this one has 7\.0"):
         compile_for(demo.config, options, torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_zero_points_are_made_by_a_step_of_their_own(demo):
+    """No norm leaves them; q, k, v and gate, up share what is made of one input."""
+    one = replace(demo.config, num_layers=1, sliding_window=())
+    plan = compile_model(one, quantization="int8-zeros@cuda")
+    found = count_ops(plan)
+    assert found["quantize_zeros"] == 4 and found["matmul"] == 4 and "quantize" not in found
+    step = next(step for step in plan.steps if step.op == "quantize_zeros")
+    assert [plan.buffers[name].dtype for name in step.outputs] == ["int8", "float32", "int32"]
 
 
 def test_sizes_that_the_gpus_products_do_not_take(demo):

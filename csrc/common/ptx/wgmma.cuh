@@ -152,11 +152,17 @@ __device__ __forceinline__ void take_registers() {
 template <typename T>
 using WgmmaSum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
-// D [64, N] (+)= A [64, K] B [N, K]^T, both K-major in shared memory; K is 32 bytes of a row. Products of e4m3 are
-// added up with about 14 bits of the largest.
-template <typename T, int N>
+// D [64, N] (+)= A [64, K] B [N, K]^T, both K-major in shared memory; K is 32 bytes of a row. Products of fp8 are added
+// up with about 14 bits of the largest. B is of another type where one of the two is e4m3 and the other e5m2.
+template <typename T, int N, typename B = T>
 __device__ __forceinline__ void wgmma_ss(WgmmaSum<T> (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-    if constexpr (std::is_same_v<T, bf16>) {
+    if constexpr (std::is_same_v<T, __nv_fp8_e5m2>) {
+        static_assert(std::is_same_v<B, __nv_fp8_e4m3>, "no such types of wgmma here");
+        FK_WGMMA_SS_ALL("k32.f32.e5m2.e4m3", ", 1, 1", FK_FLOAT)
+    } else if constexpr (std::is_same_v<B, __nv_fp8_e5m2>) {
+        static_assert(std::is_same_v<T, __nv_fp8_e4m3>, "no such types of wgmma here");
+        FK_WGMMA_SS_ALL("k32.f32.e4m3.e5m2", ", 1, 1", FK_FLOAT)
+    } else if constexpr (std::is_same_v<T, bf16>) {
         FK_WGMMA_SS_ALL("k16.f32.bf16.bf16", ", 1, 1, 0, 0", FK_FLOAT)
     } else if constexpr (std::is_same_v<T, fp16>) {
         FK_WGMMA_SS_ALL("k16.f32.f16.f16", ", 1, 1, 0, 0", FK_FLOAT)

@@ -26,9 +26,9 @@ inline constexpr int64_t kLinearMaxTokens = 16;
 void linear_cuda(const LinearParams& p, void* stream);
 void linear_cpu(const LinearParams& p);
 
-// out = x weight^T + bias on Hopper's tensor cores, for any number of tokens, of bf16, fp16, and of bytes with scales.
-// channel: a scale a token, and one a row of the weight or one for all of it; block: one for 128 neighbours of a token,
-// and one for 128 x 128 of the weight.
+// out = x weight^T + bias on tensor cores, for any number of tokens, of bytes with scales, and on Hopper of bf16 and
+// fp16. channel: a scale a token, and one a row of the weight or one for all of it; block: one for 128 neighbours of a
+// token, and one for 128 x 128 of the weight.
 enum class MatmulScales : int8_t { none, channel, block };
 
 struct MatmulParams {
@@ -36,21 +36,26 @@ struct MatmulParams {
     const void* weight;     // [out_size, in_size], last dimension contiguous
     const float* x_scales;  // channel: [num_tokens]; block: [num_tokens, in_size / 128], contiguous
     const float*
-        weight_scales;  // channel: [out_size], or [1]; block: [ceil(out_size / 128), in_size / 128], contiguous
-    const void* bias;   // [out_size] of out_dtype, or null
-    void* out;          // [num_tokens, out_size], last dimension contiguous
-    void* workspace;    // matmul_workspace_bytes(), zero before the first call, which leaves it to the next
+        weight_scales;       // channel: [out_size], or [1]; block: [ceil(out_size / 128), in_size / 128], contiguous
+    const int32_t* x_zeros;  // of int8: [num_tokens], what x has too much, or null: 0
+    const int32_t* weight_sums;  // with x_zeros: [out_size], what the rows of weight add up to
+    const void* bias;            // [out_size] of out_dtype, or null
+    void* out;                   // [num_tokens, out_size], last dimension contiguous
+    void* workspace;             // matmul_workspace_bytes(), zero before the first call, which leaves it to the next
     int64_t num_tokens, in_size, out_size;
     int64_t x_token_stride, weight_row_stride, out_token_stride;  // elements
     int64_t num_weight_scales;
     bool constant_weight;  // as in LinearParams
     bool gated;            // likewise; linear's kernel alone
     MatmulScales scales;
-    DType dtype, out_dtype;  // of x and weight; of bias and out
+    DType dtype, out_dtype;  // of x and weight, which is e4m3 where x is e5m2; of bias and out
     int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
-inline constexpr int kNumMatmulTactics = 17;
+inline constexpr int kNumMatmulTactics = 19;
+
+// With zero points all of a sum, (x - zero) * weight, is to fit an int32.
+inline constexpr int64_t kMaxInSizeWithZeros = 1 << 16;
 
 // Counters, then partial sums, of the calls of one stream.
 inline constexpr int64_t kMatmulCounterBytes = 16384;
@@ -59,7 +64,7 @@ constexpr int64_t matmul_workspace_bytes(int num_sms) {
     return kMatmulCounterBytes + int64_t{num_sms} * 2 * 128 * 256 * 4;
 }
 
-int matmul_num_sms();  // of the current device
+int64_t matmul_needs_bytes();  // of workspace, on the current device
 void matmul_cuda(const MatmulParams& p, void* stream);
 
 // Formats of a quantised weight. int8: two's complement. int4, e2m1: two neighbours of a row in a byte, the first in
@@ -67,20 +72,22 @@ void matmul_cuda(const MatmulParams& p, void* stream);
 enum class WeightType : int8_t { int8, int4, e2m1, e4m3 };
 // fp32, fp16, bf16, fp8 e4m3, or an exponent, 2^(byte - 127)
 enum class ScaleType : int8_t { f32, f16, bf16, e4m3, e8m0 };
-// What x is rounded to before the product: nothing, or bytes with a scale a token or 128 elements (byte_scales.h).
-enum class Activation : int8_t { none, int8_token, e4m3_token, e4m3_block };
+// What x is rounded to before the product: nothing, or bytes with a scale a token or 128 elements (byte_scales.h), or
+// with a scale and a zero point a token.
+enum class Activation : int8_t { none, int8_token, e4m3_token, e4m3_block, int8_zeros, e5m2_token };
 
 // out = x W^T + bias for any number of tokens; W[n][k] = global_scale * scale * (weight - zero), where block_rows x
 // block_size neighbours share a scale. scale_rows = ceil(out_size / block_rows), scale_size = ceil(in_size /
 // block_size).
 struct QuantizedLinearParams {
-    const void* x;              // [num_tokens, in_size] of dtype, last dimension contiguous
-    const uint8_t* weight;      // [out_size, in_size], or [out_size, in_size / 2] of 4 bits, contiguous
-    const void* scales;         // [scale_rows, scale_size] of scale_type, contiguous
-    const uint8_t* zeros;       // int4: [out_size, scale_size], contiguous; null: all 8
-    const float* global_scale;  // [1], or null: 1
-    const void* bias;           // [out_size] of dtype, or null
-    void* out;                  // [num_tokens, out_size] of dtype, last dimension contiguous
+    const void* x;               // [num_tokens, in_size] of dtype, last dimension contiguous
+    const uint8_t* weight;       // [out_size, in_size], or [out_size, in_size / 2] of 4 bits, contiguous
+    const void* scales;          // [scale_rows, scale_size] of scale_type, contiguous
+    const uint8_t* zeros;        // int4: [out_size, scale_size], contiguous; null: all 8
+    const float* global_scale;   // [1], or null: 1
+    const int32_t* weight_sums;  // int8_zeros: [out_size], what the rows of weight add up to
+    const void* bias;            // [out_size] of dtype, or null
+    void* out;                   // [num_tokens, out_size] of dtype, last dimension contiguous
     int64_t num_tokens, in_size, out_size;
     int64_t x_token_stride, out_token_stride;  // elements
     int64_t block_rows, block_size;

@@ -78,6 +78,7 @@ OPS: dict[str, _Op] = {
     "quantized_linear": _Op(_plain, {}),
     "gather_columns": _Op(_plain, {}),
     "quantize": _Op(_plain, {}),
+    "quantize_zeros": _Op(_plain, {}),
     "matmul": _Op(_plain, {}),
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),

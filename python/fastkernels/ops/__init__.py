@@ -8,8 +8,8 @@ from fastkernels.ops.embedding import embedding, gather_rows, resolve_token_ids
 from fastkernels.ops.gemm import LINEAR_MAX_TOKENS, linear, linear_silu_mul
 from fastkernels.ops.kv_cache import append_kv, copy_pages
 from fastkernels.ops.norm import add_rms_norm, add_rms_norm_quant, layer_norm, rms_norm, rms_norm_quant
-from fastkernels.ops.quant import quantize
-from fastkernels.ops.quantized_gemm import interleave_rows, interleaves, quantized_linear
+from fastkernels.ops.quant import quantize, quantize_zeros
+from fastkernels.ops.quantized_gemm import interleave_rows, interleaves, quantized_linear, row_sums
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
 from fastkernels.ops.weight_only import (
@@ -47,6 +47,7 @@ __all__ = [
     "penalize",
     "plan_attention",
     "quantize",
+    "quantize_zeros",
     "quantized_linear",
     "repack_for_cuda",
     "resolve_token_ids",
@@ -54,6 +55,7 @@ __all__ = [
     "rms_norm_quant",
     "rope",
     "rope_append_kv",
+    "row_sums",
     "sample",
     "silu_mul",
     "silu_mul_quant",

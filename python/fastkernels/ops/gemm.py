@@ -22,7 +22,7 @@ LINEAR_MAX_TOKENS = 16
 
 
 class MatmulTile(NamedTuple):
-    """Tile t of the Hopper kernel, kMatmulTiles in csrc/gemm/matmul_sm90.h: tactic 2 t takes tiles whole,
+    """Tile t of Hopper's kernel, kMatmulTiles in csrc/gemm/matmul_sm90.h: tactic 2 t takes tiles whole,
     2 t + 1 shares out K too. 128 rows x columns: of x times the weight, or the other way round."""
 
     tokens_are_a: bool
@@ -42,7 +42,12 @@ MATMUL_TILES = (
 )
 LINEAR_TACTIC = 2 * len(MATMUL_TILES)
 """Of ``matmul``: the kernel of ``linear``, for few tokens of bytes."""
-NUM_MATMUL_TACTICS = LINEAR_TACTIC + 1
+MATMUL_SM80_TILES = (128, 64)
+"""Of the kernel for any GPU, kMatmulSm80Tiles in csrc/gemm/matmul_sm80.h: so many tokens and rows of the
+weight. Tile t is the tactic FIRST_SM80_TACTIC + t; of bytes alone."""
+FIRST_SM80_TACTIC = LINEAR_TACTIC + 1
+NUM_MATMUL_TACTICS = FIRST_SM80_TACTIC + len(MATMUL_SM80_TILES)
+MAX_IN_SIZE_WITH_ZEROS = 1 << 16
 
 register_mutating_fake("linear")
 register_mutating_fake("linear_silu_mul")
@@ -69,7 +74,7 @@ def linear(
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first rows are then read while the kernel before this one ends
     tactic: given, any number of tokens go through the Hopper kernel of large products: 0 to
-            NUM_MATMUL_TACTICS - 1, a tile and a way to share out the work, or -1, which chooses by shape
+            LINEAR_TACTIC - 1, a tile and a way to share out the work, or -1, which chooses by shape
     workspace: of the Hopper kernel, from ``matmul_workspace``, one for calls that may run at the same time;
             None: one kept for the current stream, or made when that is being captured
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
@@ -162,9 +167,15 @@ def matmul_workspace_bytes(num_sms: int) -> int:
 
 
 def matmul_workspace(device: torch.device) -> torch.Tensor:
-    """What the Hopper kernel keeps sums of parts in: uint8, zeros; every call leaves it fit for the next."""
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.zeros(matmul_workspace_bytes(num_sms), dtype=torch.uint8, device=device)
+    """What the Hopper kernel keeps sums of parts in: uint8, zeros; every call leaves it fit for the next.
+    Empty on other GPUs."""
+    return torch.zeros(matmul_workspace_bytes_on(device), dtype=torch.uint8, device=device)
+
+
+def matmul_workspace_bytes_on(device: torch.device) -> int:
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return matmul_workspace_bytes(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache
@@ -183,12 +194,15 @@ def matmul(
     tactic: int,
     workspace: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    x_zeros: torch.Tensor | None = None,
+    weight_sums: torch.Tensor | None = None,
 ) -> None:
-    """out = (x * x_scales) (weight * weight_scales)^T + bias by the Hopper kernel, for the op of that name.
+    """out = ((x - x_zeros) * x_scales) (weight * weight_scales)^T + bias, for the op of that name.
 
     Types and scales: MatmulParams in csrc/include/fastkernels/gemm.h.
     """
-    require(x.is_cuda, f"{op}: a tactic is given, but x is on {x.device}; tactics are of Hopper GPUs")
+    require(x.is_cuda, f"{op}: a tactic is given, but x is on {x.device}; tactics are of GPUs")
     require(
         -1 <= tactic < NUM_MATMUL_TACTICS,
         f"{op}: tactic is {tactic}, but the op takes 0 to {NUM_MATMUL_TACTICS - 1}, and -1",
@@ -198,5 +212,6 @@ def matmul(
     elif workspace is None:
         workspace = _kept_workspace(x.device, torch.cuda.current_stream(x.device).cuda_stream)
     torch.ops.fastkernels.matmul(
-        x, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out
+        *(x, weight, x_scales, weight_scales, x_zeros, weight_sums, bias),
+        *(constant_weight, tactic, workspace, out),
     )

@@ -17,17 +17,17 @@ from fastkernels.ops.checks import (
     register_mutating_fake,
     require,
 )
-from fastkernels.ops.gemm import matmul
-from fastkernels.ops.quant import Per, quantize
+from fastkernels.ops.gemm import MAX_IN_SIZE_WITH_ZEROS, matmul
+from fastkernels.ops.quant import Per, quantize, quantize_zeros
 from fastkernels.ops.weight_only import repack_for_cuda, weight_only_linear
 
 register_mutating_fake("quantized_linear", "interleave_rows")
 
 WeightType = Literal["int8", "int4", "e2m1", "e4m3"]
-Activation = Literal["int8", "e4m3", "e4m3-block"]
+Activation = Literal["int8", "e4m3", "e4m3-block", "int8-zeros", "e5m2"]
 
 WEIGHT_TYPES = {"int8": 0, "int4": 1, "e2m1": 2, "e4m3": 3}
-ACTIVATIONS = {None: 0, "int8": 1, "e4m3": 2, "e4m3-block": 3}
+ACTIVATIONS = {None: 0, "int8": 1, "e4m3": 2, "e4m3-block": 3, "int8-zeros": 4, "e5m2": 5}
 _STORED = {
     "int8": torch.int8,
     "int4": torch.uint8,
@@ -35,12 +35,21 @@ _STORED = {
     "e4m3": torch.float8_e4m3fn,
 }
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8)
-_TAKES = {"int8": (None, "int8"), "int4": (None,), "e2m1": (None,), "e4m3": (None, "e4m3", "e4m3-block")}
-# activation -> what `quantize` makes of x before a product on CUDA
+_TAKES = {
+    "int8": (None, "int8", "int8-zeros"),
+    "int4": (None,),
+    "e2m1": (None,),
+    "e4m3": (None, "e4m3", "e4m3-block", "e5m2"),
+}
+WITH_ZEROS = "int8-zeros"
+"""The activation that has a zero point a token: ``quantize_zeros``'s."""
+# activation -> what `quantize`, or `quantize_zeros`, makes of x before a product on CUDA
 QUANTIZED: dict[str | None, tuple[Per, torch.dtype]] = {
     "int8": ("token", torch.int8),
     "e4m3": ("token", torch.float8_e4m3fn),
     "e4m3-block": ("block", torch.float8_e4m3fn),
+    WITH_ZEROS: ("token", torch.int8),
+    "e5m2": ("token", torch.float8_e5m2),
 }
 _MAX_IN_SIZE = 1 << 17
 
@@ -55,6 +64,7 @@ def quantized_linear(
     block: tuple[int, int] | None = None,
     zeros: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
+    weight_sums: torch.Tensor | None = None,
     activation: Activation | None = None,
     interleaved: bool = False,
     constant_weight: bool = False,
@@ -80,7 +90,10 @@ def quantized_linear(
     zeros:  "int4": uint8 of the shape of scales, or None: all 8
     global_scale: fp32 [1], or None: 1
     activation: what x is rounded to before: nothing, or, as `quantize` does it, "int8" per token (with int8
-            weights), "e4m3" per token or "e4m3-block" per 128 neighbours (with e4m3 weights)
+            weights), "e4m3" or "e5m2" per token or "e4m3-block" per 128 neighbours (with e4m3 weights), or,
+            as `quantize_zeros` does it, "int8-zeros" (with int8 weights, and an in_size up to 65536)
+    weight_sums: int32 [out_size], contiguous: with "int8-zeros", ``row_sums`` of weight; computed when None,
+            which reads all of weight, and not of interleaved rows
     interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
     constant_weight, tactic, workspace: on CUDA and with an activation, as ``linear`` takes them
@@ -89,14 +102,14 @@ def quantized_linear(
     On the CPU, products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
     254^2 (fp32) steps of the largest of 128 neighbours, and exact within a block; sums of blocks, and all of
     e4m3, in fp32. A token's result does not depend on the others.
-    On CUDA, where activation is given: bf16 and fp16 on Hopper GPUs; scales fp32, a row each or one ("int8",
-    "e4m3") or 128 x 128 each ("e4m3-block"); in_size a multiple of 16. x is quantised by `quantize` into
-    tensors that are allocated. Tactics 0 to 3 add up e4m3 with about 14 bits, the others, and -1, less than
-    512 neighbours at a time. A token's result may depend on how many others there are.
+    On CUDA, where activation is given: bf16 and fp16; scales fp32, 128 x 128 each with "e4m3-block", else a
+    row each or one; in_size a multiple of 16. x is quantised into tensors that are allocated. Tactics 0 to 15
+    are for Hopper GPUs; of them 0 to 3 add up fp8 with about 14 bits, the others, and -1, less than 512
+    neighbours at a time. A token's result may depend on how many others there are.
     Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
     With activation None on CUDA weights are repacked at every call, which takes far longer than the
     product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
-    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, weight_only.cuh
+    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, matmul_sm80.cuh, weight_only.cuh
     """
     op = "quantized_linear"
     x, weight, scales = as_tensor(x), as_tensor(weight), as_tensor(scales)
@@ -124,6 +137,7 @@ def quantized_linear(
         global_scale = as_tensor(global_scale)
         check_dtype(op, "global_scale", global_scale, (torch.float32,))
         check_shape(op, "global_scale", global_scale, (1,), "[1]")
+    weight_sums = _checked_sums(op, weight_sums, weight, activation, interleaved, out_size, in_size)
     out = torch.empty(num_tokens, out_size, dtype=x.dtype, device=x.device) if out is None else as_tensor(out)
     check_shape(op, "out", out, (num_tokens, out_size), "[num_tokens, out_size]")
     check_dtype(op, "out", out, (x.dtype,))
@@ -131,9 +145,8 @@ def quantized_linear(
         bias = as_tensor(bias)
         check_shape(op, "bias", bias, (out_size,), "[out_size]")
         check_dtype(op, "bias", bias, (x.dtype,))
-    check_device(
-        op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias, out=out
-    )
+    check_device(op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias)
+    check_device(op, x=x, weight_sums=weight_sums, out=out)
     require(not (x.is_cuda and interleaved), f"{op} on CUDA: interleaved rows are for the CPU")
     if x.is_cuda and activation is None:
         check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
@@ -142,14 +155,17 @@ def quantized_linear(
         )
         return weight_only_linear(x, repacked, bias, out=out)
     check_last_contiguous(op, x=x, bias=bias, out=out)
-    check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
+    check_contiguous(op, weight=weight, scales=scales, zeros=zeros, weight_sums=weight_sums)
     require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")
     if x.is_cuda:
         weight_scales = _scales_on_cuda(op, activation, scales, global_scale, out_size, in_size, rows, size)
         check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
-        per, byte = QUANTIZED[activation]
-        bytes_, x_scales = quantize(x, per=per, dtype=byte)
-        matmul(op, bytes_, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out)
+        bytes_, x_scales, *x_zeros = round_to(x, activation)
+        matmul(
+            *(op, bytes_, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out),
+            x_zeros=x_zeros[0] if x_zeros else None,
+            weight_sums=weight_sums,
+        )
         return out
     torch.ops.fastkernels.quantized_linear(
         x,
@@ -157,6 +173,7 @@ def quantized_linear(
         scales,
         zeros,
         global_scale,
+        weight_sums,
         bias,
         WEIGHT_TYPES[weight_type],
         rows,
@@ -166,6 +183,19 @@ def quantized_linear(
         out,
     )
     return out
+
+
+def round_to(x: torch.Tensor, activation: str | None) -> tuple[torch.Tensor, ...]:
+    """x as a product on CUDA takes it: bytes, scales, and with "int8-zeros" zero points."""
+    if activation == WITH_ZEROS:
+        return quantize_zeros(x)
+    per, byte = QUANTIZED[activation]
+    return quantize(x, per=per, dtype=byte)
+
+
+def row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """int32 [out_size]: what the rows of an int8 weight, not interleaved, add up to."""
+    return weight.sum(1, dtype=torch.int32)
 
 
 _INTERLEAVED = "rows are of int8 or uint8 elements, a multiple of 64 of them"
@@ -210,11 +240,8 @@ def _scales_on_cuda(
     rows: int,
     size: int,
 ) -> torch.Tensor:
-    """scales as the Hopper kernel takes them."""
+    """scales as ``matmul`` takes them."""
     op = f"{op} on CUDA"
-    if activation not in QUANTIZED:
-        takes = ", ".join(map(repr, QUANTIZED))
-        raise ValueError(f"{op}: activation is {activation!r}, but the op takes {takes}")
     check_dtype(op, "scales", scales, (torch.float32,))
     require(global_scale is None, f"{op}: global_scale is given, but the op takes none")
     if activation == "e4m3-block":
@@ -244,6 +271,32 @@ def _checked_out_size(op: str, weight: torch.Tensor, weight_type: str, in_size: 
             "in_size of x"
         )
     return weight.shape[0]
+
+
+def _checked_sums(
+    op: str,
+    weight_sums: torch.Tensor | None,
+    weight: torch.Tensor,
+    activation: str | None,
+    interleaved: bool,
+    out_size: int,
+    in_size: int,
+) -> torch.Tensor | None:
+    if activation != WITH_ZEROS:
+        require(weight_sums is None, f"{op}: weight_sums are given, but they go with activation 'int8-zeros'")
+        return None
+    if in_size > MAX_IN_SIZE_WITH_ZEROS:
+        raise ValueError(
+            f"{op}: in_size is {in_size}, but with activation 'int8-zeros' the op takes up to "
+            f"{MAX_IN_SIZE_WITH_ZEROS}"
+        )
+    if weight_sums is None:
+        require(not interleaved, f"{op}: with activation 'int8-zeros' interleaved rows take weight_sums")
+        return row_sums(weight)
+    weight_sums = as_tensor(weight_sums)
+    check_dtype(op, "weight_sums", weight_sums, (torch.int32,))
+    check_shape(op, "weight_sums", weight_sums, (out_size,), "[out_size]")
+    return weight_sums
 
 
 def _checked_block(op: str, weight_type: str, block: tuple[int, int] | None, in_size: int) -> tuple[int, int]:

@@ -205,8 +205,11 @@ def round_activation(x: torch.Tensor, activation: str | None, dtype: torch.dtype
     """x in dtype, rounded to the bytes that ``activation`` names and scaled back."""
     if activation is None:
         return x.to(dtype)
+    if activation == "int8-zeros":
+        values, by_row, zeros = quantize_zeros(x)
+        return (values.to(dtype) - zeros[:, None]) * by_row.to(dtype)[:, None]
     size = 128 if activation.endswith("-block") else x.shape[-1]
-    byte_dtype = torch.int8 if activation == "int8" else torch.float8_e4m3fn
+    byte_dtype = {"int8": torch.int8, "e5m2": torch.float8_e5m2}.get(activation, torch.float8_e4m3fn)
     rounded = []
     for part in x.split(size, -1):
         values, by_row = quantize(part, "token", dtype=byte_dtype)
@@ -237,7 +240,7 @@ def quantize(
 
     The *_quant ops are this of what the op without _quant gives, in float64.
     """
-    largest = 448.0 if dtype == torch.float8_e4m3fn else 127.0
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     rows = (x.unflatten(-1, (-1, 128)) if per == "block" else x[:, None]).float()
     if per == "tensor":
         assert scales is not None
@@ -251,6 +254,18 @@ def quantize(
     if dtype == torch.int8:
         return y.round().clamp(-128, 127).to(dtype), scales
     return y.clamp(-largest, largest).to(dtype), scales
+
+
+def quantize_zeros(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In fp32, as ``quantize``; x is finite."""
+    x = x.float()
+    least, most = x.amin(1).clamp_max(0.0), x.amax(1).clamp_min(0.0)
+    steps = torch.full_like(most, 254.0)
+    scales = (most / steps - least / steps).clamp_min(2.0**-126)
+    inverse = 1.0 / scales
+    zeros = (-127 - (least * inverse).round()).clamp(-127, 127)
+    values = ((x * inverse[:, None]).round() + zeros[:, None]).clamp(-127, 127)
+    return values.to(torch.int8), scales, zeros.to(torch.int32)
 
 
 # --- embedding ----------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """How a weight is quantised: one scheme a file, used by the loader and by the compiler's pass alike.
 
-Scheme names: ``fp8``, ``fp8-block``, ``fp8-weight``, ``fp8-block-weight``, ``int8``, ``int8-weight``,
-``int4``, ``nvfp4``, ``mxfp4``. ``int4`` takes endings: ``int4-g32``, ``int4-g64``, ``int4-g128`` (which is
-``int4``) and ``int4-channel`` say how many neighbours share a scale, ``-zeros`` behind any of them gives
-every group a zero point, and ``-fp16`` or ``-fp32`` behind that holds scales as checkpoints have them.
+Scheme names: ``fp8``, ``fp8-block``, ``fp8-weight``, ``fp8-block-weight``, ``int8``, ``int8-zeros``,
+``int8-weight``, ``int4``, ``nvfp4``, ``mxfp4``. ``int4`` takes endings: ``int4-g32``, ``int4-g64``,
+``int4-g128`` (which is ``int4``) and ``int4-channel`` say how many neighbours share a scale, ``-zeros``
+behind any of them gives every group a zero point, and ``-fp16`` or ``-fp32`` behind that holds scales as
+checkpoints have them.
 ``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold;
 ``on_cuda`` says which a GPU has, and ``stored_on_cuda`` which it has for weights of a quantised checkpoint.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from fastkernels.quantize.fp8 import Fp8, Fp8Weight
 from fastkernels.quantize.fp8_block import Fp8Block, Fp8BlockWeight
 from fastkernels.quantize.int4 import Int4
-from fastkernels.quantize.int8 import Int8
+from fastkernels.quantize.int8 import Int8, Int8Zeros
 from fastkernels.quantize.int8_weight import Int8Weight
 from fastkernels.quantize.mxfp4 import Mxfp4
 from fastkernels.quantize.nvfp4 import Nvfp4
@@ -39,6 +40,7 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fp8": Fp8,
     "fp8-block": Fp8Block,
     "int8": Int8,
+    "int8-zeros": Int8Zeros,
     "int8-weight": Int8Weight,
     "int4": Int4,
     "nvfp4": Nvfp4,
@@ -71,11 +73,11 @@ def on_cuda(name: str, capability: tuple[int, int]) -> str:
     Raises QuantizationError for one that has no kernel there, naming those that have.
     """
     name = name.removesuffix(SUFFIX)
-    if find_scheme(name).activation is not None and capability != (9, 0):
+    find_scheme(name)
+    if capability < (8, 0):
         raise QuantizationError(
-            f"{name} rounds activations, and its products are for GPUs of compute capability 9.0; this one "
-            f"has {capability[0]}.{capability[1]}, where there are {name}-weight, int4 and its endings, "
-            "nvfp4 and mxfp4"
+            f"quantised weights are for GPUs of compute capability 8.0 and later; this one has "
+            f"{capability[0]}.{capability[1]}"
         )
     return name + SUFFIX
 
@@ -83,14 +85,14 @@ def on_cuda(name: str, capability: tuple[int, int]) -> str:
 def stored_on_cuda(name: str, out_size: int, in_size: int, capability: tuple[int, int]) -> str:
     """As ``on_cuda``, of a weight [out_size, in_size] that a checkpoint holds in the scheme ``name``.
 
-    Where activations cannot be rounded, on that GPU or for a weight of these sizes, they are left as they
-    are, which is no less exact: "fp8-weight@cuda" for "fp8".
+    Where activations cannot be rounded, for a weight of these sizes, they are left as they are, which is no
+    less exact: "fp8-weight@cuda" for "fp8".
     """
     if find_scheme(name).activation is None:
         return on_cuda(name, capability)
+    rounded = on_cuda(name, capability)
     try:
-        rounded = on_cuda(name, capability)
         find_scheme(rounded).parts(out_size, in_size)
         return rounded
     except QuantizationError:
-        return on_cuda(f"{name}-weight", capability)
+        return on_cuda(f"{name.removesuffix('-zeros')}-weight", capability)

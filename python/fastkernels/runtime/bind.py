@@ -42,7 +42,7 @@ _aten = torch.ops.aten
 class Products:
     """How a GPU computes matrix products: by these tactics, which all use one workspace, one after the other.
 
-    workspace: ``ops.gemm.matmul_workspace``, or None on a GPU that the kernel is not for
+    workspace: ``ops.gemm.matmul_workspace``, or None where no tactic of ``matmul`` may be taken
     """
 
     choices: Choices = BY_RULE
@@ -148,7 +148,8 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
     bias = rest[len(names)] if len(rest) > len(names) else None
     return partial(
         _fk.quantized_linear.default,
-        *(x, packed, parts["scales"], parts.get("zeros"), parts.get("global_scale"), bias),
+        *(x, packed, parts["scales"], parts.get("zeros"), parts.get("global_scale")),
+        *(parts.get("sums"), bias),
         *(WEIGHT_TYPES[scheme.weight_type], *scheme.block(in_size), ACTIVATIONS[scheme.activation]),
         ops.interleaves(packed),  # as runtime/weights.py leaves them
         outputs[0],
@@ -227,6 +228,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "quantized_linear": _quantized_linear,
     "gather_columns": _gather_columns,
     "quantize": _quantizing(_fk.quantize.default),
+    "quantize_zeros": _plain(_fk.quantize_zeros.default),
     "matmul": _only_on_a_gpu,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,

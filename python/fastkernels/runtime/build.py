@@ -37,7 +37,7 @@ from fastkernels.config import ConfigError, EngineConfig, ModelConfig, TuneMode,
 from fastkernels.errors import ModelNotFoundError
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops.device import choose_device
-from fastkernels.ops.gemm import matmul_workspace_bytes
+from fastkernels.ops.gemm import matmul_workspace_bytes_on
 from fastkernels.quantize import on_cuda, stored_on_cuda
 from fastkernels.runtime.engine import Engine
 from fastkernels.runtime.executor import Executor
@@ -275,7 +275,6 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
         max_seq_len = max(min(max_seq_len, roof // bytes_per_page * options.page_size), 2)
 
     if device.type == "cuda":  # refuse what cannot fit before anything is loaded
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         planned = estimate(
             plan,
             max_num_tokens=options.max_num_tokens,
@@ -283,7 +282,7 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
             max_seq_len=max_seq_len,
             page_size=options.page_size,
             element_bytes=dtype.itemsize,
-            workspaces_bytes=matmul_workspace_bytes(num_sms) if matmul_runs_on(device, dtype) else 0,
+            workspaces_bytes=matmul_workspace_bytes_on(device) if matmul_runs_on(device, dtype) else 0,
         )
         planned.kv_pages_that_fit(available_bytes)
     choices = choose_tactics(plan, options, device, dtype, mode=tune_mode(), progress=progress)

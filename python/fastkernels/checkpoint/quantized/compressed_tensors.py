@@ -60,7 +60,7 @@ def read_compressed_tensors(config: Mapping[str, Any], modules: Iterable[Module]
         if ranked:
             group = min(ranked, key=lambda pair: pair[0] or 0)[1]
             if group.get("weights") is not None:
-                found.append(_stored(module, group["weights"], group.get("input_activations") is not None))
+                found.append(_stored(module, group["weights"], group.get("input_activations")))
     return found
 
 
@@ -74,14 +74,16 @@ def _rank(name: str, targets: Iterable[str]) -> int | None:
     return min(ranks, default=None)
 
 
-def _stored(module: Module, weights: Mapping[str, Any], activations: bool) -> StoredLinear:
-    """weights: QuantizationArgs; activations: they are rounded too."""
+def _stored(module: Module, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> StoredLinear:
+    """weights, inputs: QuantizationArgs, inputs those of activations, None where they are left as they are"""
+    activations = inputs is not None
+    has_zeros = inputs is not None and not inputs.get("symmetric", True)
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     if kind == "float" and bits == 8:
         return _float8(module, weights, strategy, activations)
     if kind == "int" and bits in (4, 8):
-        return _integers(module, weights, strategy, activations)
+        return _integers(module, weights, strategy, activations, has_zeros)
     if kind == "float" and bits == 4 and weights.get("group_size") in (16, 32):
         return _mxfp4(module) if weights["group_size"] == 32 else _nvfp4(module)
     raise module.fail(
@@ -123,7 +125,9 @@ def _mxfp4(module: Module) -> StoredLinear:
     return StoredLinear(module, "mxfp4", "e2m1", (1, 32), load)
 
 
-def _integers(module: Module, weights: Mapping[str, Any], strategy: str, activations: bool) -> StoredLinear:
+def _integers(
+    module: Module, weights: Mapping[str, Any], strategy: str, activations: bool, activations_have_zeros: bool
+) -> StoredLinear:
     bits, out_size = int(weights["num_bits"]) if "num_bits" in weights else 8, module.out_size
     if strategy not in ("tensor", "channel", "group"):
         raise module.fail(
@@ -169,5 +173,7 @@ def _integers(module: Module, weights: Mapping[str, Any], strategy: str, activat
 
     scale_dtype = module.tensors.dtype(f"{module.name}.weight_scale")
     return integers(
-        module, bits, group_size, has_zeros, scale_dtype, permutation, load, activations=activations
+        *(module, bits, group_size, has_zeros, scale_dtype, permutation, load),
+        activations=activations,
+        activations_have_zeros=activations_have_zeros,
     )

@@ -16,6 +16,7 @@ from fastkernels.checkpoint.quantized.stored import pack_nibbles
 
 _INT4 = re.compile(r"int4(?:-(g32|g64|g128|channel))?(-zeros)?(?:-fp16|-fp32)?")
 _BY_TOKEN = {"strategy": "token", "symmetric": True, "dynamic": True}
+_BY_TOKEN_WITH_ZEROS = {"strategy": "token", "symmetric": False, "dynamic": True}
 _BY_BLOCK = {"strategy": "group", "group_size": 128, "symmetric": True, "dynamic": True}
 
 
@@ -56,6 +57,9 @@ def encoding_of(scheme: str) -> Encoding:
         ),
         "fp8-block-weight": Encoding("naive-quantized", args("float", 8, **by_block)),
         "int8": Encoding("int-quantized", args("int", 8, **by_row), activations("int", _BY_TOKEN)),
+        "int8-zeros": Encoding(
+            "int-quantized", args("int", 8, **by_row), activations("int", _BY_TOKEN_WITH_ZEROS)
+        ),
         "int8-weight": Encoding("pack-quantized", args("int", 8, **by_row)),
         "nvfp4": Encoding("nvfp4-pack-quantized", args("float", 4, strategy="tensor_group", group_size=16)),
         "mxfp4": Encoding("mxfp4-pack-quantized", args("float", 4, strategy="group", group_size=32)),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkernels.checkpoint.errors import CheckpointError
-from fastkernels.ops.quantized_gemm import WeightType
+from fastkernels.ops.quantized_gemm import WeightType, row_sums
 from fastkernels.ops.reference import dequantize_weight
 
 Parts = dict[str, Tensor]
@@ -108,7 +108,7 @@ class StoredLinear:
     scheme:      of ``fastkernels.quantize``, by name, whose parts ``read`` gives; None where the engine has
                  none for this format: the weight is then loaded as ``dense`` gives it
     weight_type, block: as ``ops.quantized_linear`` takes them
-    load:        the parts: packed, scales, and where there are any zeros, global_scale
+    load:        the parts: packed, scales, and where there are any zeros, sums, global_scale
     permutation: int64 [in_size]: column i of the parts is column permutation[i] of the weight (activation
                  order); None: they are in order
     global_scale: the value, where the scheme has one
@@ -207,17 +207,19 @@ def integers(
     load: Callable[[torch.device], tuple[Tensor, Tensor, Tensor | None]],
     *,
     activations: bool = False,
+    activations_have_zeros: bool = False,
 ) -> StoredLinear:
     """A weight of 4 or 8 bits with a scale, and perhaps a zero point, a row or group.
 
     load: codes [out_size, in_size], or of 4 bits packed two a byte [out_size, in_size / 2], uint8, columns in
           the model's order; scales and zeros [out_size, num_groups], zeros uint8, the code of 0
-    activations: of 8 bits: they are rounded too
+    activations, activations_have_zeros: of 8 bits: they are rounded too, with a zero point
     """
     size = group_size or module.in_size
     if bits == 8:
         fits = group_size is None and not has_zeros
-        scheme = ("int8" if activations else "int8-weight") if fits else None
+        rounded = "int8-zeros" if activations_have_zeros else "int8"
+        scheme = (rounded if activations else "int8-weight") if fits else None
 
         def load8(device: torch.device) -> Parts:
             codes, scales, zeros = load(device)
@@ -225,6 +227,8 @@ def integers(
                 "packed": (in_order(codes, permutation) ^ 128).view(torch.int8),
                 "scales": scales.float(),
             }
+            if scheme == "int8-zeros":
+                parts["sums"] = row_sums(parts["packed"])
             return parts if zeros is None else {**parts, "zeros": (zeros ^ 128).view(torch.int8)}
 
         return StoredLinear(module, scheme, "int8", (1, size), load8, permutation)

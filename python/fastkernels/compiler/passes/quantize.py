@@ -11,6 +11,7 @@ Where a scheme that rounds activations is for a GPU, linears that read the same 
 order, share what is first:
 
     linear(x; W)   ->   quantize(x), matmul(bytes, their scales; W.packed, W.scales)
+    linear(x; W)   ->   quantize_zeros(x), matmul(bytes, scales, zeros; W.packed, W.scales, W.sums)
 
 The head, which gives the logits, has a scheme of its own and is left alone without; embeddings always are. A
 head that shares the embedding's weight gets a quantised copy of it.
@@ -22,6 +23,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from fastkernels.compiler.graph import Graph, Node, QuantizedPart, Value, WeightSpec
+from fastkernels.ops.quantized_gemm import WITH_ZEROS
 from fastkernels.quantize import PartSpec, QuantizationError, Rounded, Scheme
 
 
@@ -73,13 +75,17 @@ def _gather(linear: Node, permutation: WeightSpec) -> Node:
 
 
 def _round(x: Value, name: str, scheme: Rounded) -> Node:
-    """x as bytes and, per token or per 128 neighbours, their scales. name: of the first result they make."""
+    """x as bytes and, per token or per 128 neighbours, their scales, and with some schemes zero points. name:
+    of the first result they make."""
     per, dtype = scheme.rounding
     by_token = () if per == "token" else (x.row_size // scheme.block(x.row_size)[1],)
     outputs = (
         Value(f"{name}.x", (x.row_size,), x.rows, str(dtype).removeprefix("torch.")),
         Value(f"{name}.x_scales", by_token, x.rows, "float32"),
     )
+    if scheme.scheme.activation == WITH_ZEROS:
+        zeros = Value(f"{name}.x_zeros", (), x.rows, "int32")
+        return Node("quantize_zeros", (x,), (*outputs, zeros))
     return Node("quantize", (x,), outputs, attributes={"per": per})
 
 

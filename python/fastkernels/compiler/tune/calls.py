@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.compiler.tune.tactics import STREAM, TORCH, Product, Tactic
-from fastkernels.ops.quantized_gemm import QUANTIZED
+from fastkernels.ops.quantized_gemm import QUANTIZED, WITH_ZEROS, round_to
 from fastkernels.ops.weight_only import packed_shape
 
 Call = Callable[[], object]
@@ -23,7 +23,8 @@ _aten = torch.ops.aten
 def call_of(
     product: Product, tactic: Tactic, inputs: Sequence[Tensor], out: Tensor, workspace: Tensor | None
 ) -> Call:
-    """inputs: of the step, in its order: x, for ``matmul`` its scales, the weight's parts, and a bias or none
+    """inputs: of the step, in its order: x, for ``matmul`` its scales and zero points, where it has some, the
+        weight's parts, and a bias or none
     workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
 
     The ops are taken by overload and bound once: nothing is validated here.
@@ -45,14 +46,17 @@ def call_of(
         )
     if tactic.kernel != "matmul" or workspace is None:
         raise ValueError(f"there is no call of the tactic {tactic} for {product}, or no workspace")
-    x_scales = weight_scales = None
-    if product.op == "matmul":
+    x_scales = weight_scales = x_zeros = weight_sums = None
+    if product.op == "matmul" and product.weight == WITH_ZEROS:
+        x_scales, x_zeros, weight, weight_scales, weight_sums = rest
+        weight_scales = weight_scales.view(-1)
+    elif product.op == "matmul":
         x_scales, weight, weight_scales = rest
         if product.weight != "e4m3-block":
             weight_scales = weight_scales.view(-1)
     else:
         (weight,) = rest
-    operands = (x, weight, x_scales, weight_scales, bias)
+    operands = (x, weight, x_scales, weight_scales, x_zeros, weight_sums, bias)
     return partial(_fk.matmul.default, *operands, True, tactic.number, workspace, out)
 
 
@@ -61,8 +65,7 @@ def random_x(product: Product, num_tokens: int, device: torch.device) -> list[Te
     x = torch.randn(num_tokens, product.in_size, dtype=product.dtype, device=device)
     if product.op != "matmul":
         return [x]
-    per, dtype = QUANTIZED[product.weight]
-    return list(ops.quantize(x, per=per, dtype=dtype))
+    return list(round_to(x, product.weight))
 
 
 def random_weight(product: Product, device: torch.device) -> list[Tensor]:
@@ -76,7 +79,10 @@ def random_weight(product: Product, device: torch.device) -> list[Tensor]:
     weight = torch.randn(n, k, dtype=product.dtype, device=device).mul_(k**-0.5)
     if product.op == "linear":
         return [weight, *bias]
-    packed, scales = ops.quantize(weight, per="token", dtype=QUANTIZED[product.weight][1])
+    byte = QUANTIZED[product.weight][1]
+    byte = torch.float8_e4m3fn if byte == torch.float8_e5m2 else byte
+    packed, scales = ops.quantize(weight, per="token", dtype=byte)
     if product.weight == "e4m3-block":
         return [packed, scales.new_ones(-(-n // 128), k // 128), *bias]
-    return [packed, scales[:, None], *bias]
+    sums = [ops.row_sums(packed)] if product.weight == WITH_ZEROS else []
+    return [packed, scales[:, None], *sums, *bias]

@@ -11,7 +11,8 @@ from fastkernels import ops
 from fastkernels.compiler.graph import CompileError
 from fastkernels.compiler.plan import Plan, Step
 from fastkernels.ops.checks import dtype_name
-from fastkernels.ops.gemm import LINEAR_TACTIC, MATMUL_TILES, MatmulTile
+from fastkernels.ops.gemm import FIRST_SM80_TACTIC, LINEAR_TACTIC, MATMUL_SM80_TILES, MATMUL_TILES, MatmulTile
+from fastkernels.ops.quantized_gemm import WITH_ZEROS
 from fastkernels.quantize import Repacked, Rounded, find_scheme
 
 # Numbers of tokens that are timed. A tactic holds for all above the bucket before, and the last for more.
@@ -82,7 +83,8 @@ def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> P
     scheme = find_scheme(str(step.attributes["scheme"]))
     if step.op == "matmul" and isinstance(scheme, Rounded):
         weight = str(scheme.scheme.activation)
-        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == 5)
+        with_bias = 7 if weight == WITH_ZEROS else 5
+        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
     if step.op == "quantized_linear" and isinstance(scheme, Repacked):
         weight = scheme.packed_format(out_size, in_size)
         return Product("quantized_linear", weight, dtype, out_size, in_size, len(step.inputs) == 4)
@@ -115,7 +117,7 @@ def rule(product: Product, num_tokens: int) -> Tactic:
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
     """All that are worth timing for so many tokens on a GPU of this compute capability, in a fixed order."""
     if product.op == "matmul":
-        return _matmul_tactics(product, num_tokens)
+        return _matmul_tactics(product, num_tokens, capability)
     if product.op == "quantized_linear":
         count = ops.WEIGHT_ONLY_TACTICS if capability >= HOPPER else 1  # clusters are Hopper's
         return [Tactic("weight_only_linear", number) for number in range(1, count + 1)]
@@ -124,17 +126,13 @@ def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -
         tactics.append(STREAM)
     whole = (product.in_size | product.out_size) % 8 == 0  # 16 bytes
     if capability == HOPPER and product.dtype != torch.float32 and whole:
-        tactics += _matmul_tactics(product, num_tokens)
+        tactics += _matmul_tactics(product, num_tokens, capability)
     return tactics
 
 
 def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tactics of ``matmul`` may be taken for a model of this dtype, and so need its workspace."""
-    return (
-        device.type == "cuda"
-        and dtype != torch.float32
-        and torch.cuda.get_device_capability(device) == HOPPER
-    )
+    return device.type == "cuda" and dtype != torch.float32
 
 
 def _streams(product: Product, num_tokens: int) -> bool:
@@ -142,21 +140,27 @@ def _streams(product: Product, num_tokens: int) -> bool:
     return num_tokens <= ops.LINEAR_MAX_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
 
 
-def _matmul_tactics(product: Product, num_tokens: int) -> list[Tactic]:
-    tiles = [
-        Tactic("matmul", 2 * index + shared)
-        for index, tile in enumerate(MATMUL_TILES)
-        if _computes(tile, product.weight) and _suits(tile, num_tokens)
-        for shared in (0, 1)
-    ]
-    most = {"e4m3-block": 8, "e4m3": ops.LINEAR_MAX_TOKENS, "int8": ops.LINEAR_MAX_TOKENS}
+def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    if capability == HOPPER:
+        tiles = [
+            Tactic("matmul", 2 * index + shared)
+            for index, tile in enumerate(MATMUL_TILES)
+            if _computes(tile, product.weight) and _suits(tile, num_tokens)
+            for shared in (0, 1)
+        ]
+    else:
+        tiles = [Tactic("matmul", FIRST_SM80_TACTIC + index) for index in range(len(MATMUL_SM80_TILES))]
+    few = ops.LINEAR_MAX_TOKENS
+    most = {"e4m3-block": 8, "e5m2": 8, "e4m3": few, "int8": few, WITH_ZEROS: few}
     streams = num_tokens <= most.get(product.weight, 0) and product.in_size % 16 == 0
     return [*tiles, Tactic("matmul", LINEAR_TACTIC)] if streams else tiles
 
 
 def _computes(tile: MatmulTile, weight: str) -> bool:
     """Whether the kernel has this tile, as has_matmul_tile in csrc/gemm/matmul_sm90.h says, and adds up with
-    as many bits as an engine should: with 256 columns, e4m3 has 14."""
+    as many bits as an engine should: with 256 columns, fp8 has 14."""
+    if weight == "e5m2":
+        return tile.columns < 256 and (tile.columns != 128 or tile.cluster == 1)
     if tile.columns == 192:
         return weight.startswith("e4m3")
     if weight == "e4m3-block":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkernels.compiler.tune.calls import call_of, random_weight, random_x
-from fastkernels.compiler.tune.tactics import HOPPER, Product, Tactic
+from fastkernels.compiler.tune.tactics import Product, Tactic
 from fastkernels.ops.gemm import matmul_workspace
 
 _L2_SIZES = 3  # what the copies of a weight take together, so that a copy is gone when its turn comes again
@@ -29,9 +29,8 @@ class CudaTimer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        is_hopper = torch.cuda.get_device_capability(device) == HOPPER
         with torch.cuda.stream(self._stream):
-            self._workspace = matmul_workspace(device) if is_hopper else None
+            self._workspace = matmul_workspace(device)
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._product: Product | None = None
         self._weights: list[list[Tensor]] = []
