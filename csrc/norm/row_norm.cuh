@@ -30,9 +30,7 @@ inline constexpr int kNormShortThreads = 128;  // of the block where several row
 
 // Threads of an SM that the registers are to leave room for, where a row is so short that its block is small.
 template <NormKind kKind, typename Out>
-inline constexpr int kNormThreadsPerSm = kKind == NormKind::layer                         ? 768
-                                         : kKind == NormKind::add_rms && sizeof(Out) == 1 ? 896
-                                                                                          : 1024;
+inline constexpr int kNormThreadsPerSm = kKind == NormKind::add_rms && sizeof(Out) == 1 ? 896 : 1024;
 
 template <NormKind kKind, typename Out, int kThreads>
 inline constexpr int kNormMinBlocks =
@@ -116,7 +114,7 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
     };
 
     // What is normalised: the row of x, or the residual with it added.
-    Piece kept[kPieces], weights[kPieces], biases[kLayer ? kPieces : 1];
+    Piece kept[kPieces], weights[kPieces];
     load_kept(x, kept);
     const auto added = [&](const Piece& v, const Piece& r) {
         float a[kVec], b[kVec];
@@ -141,11 +139,6 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
         }
     } else {
         load_kept(weight, weights);
-        if constexpr (kLayer) {
-            if (bias != nullptr) {
-                load_kept(bias, biases);
-            }
-        }
     }
     // Without this, here and below, the row would be kept as fp32 too: twice the registers, half the rows in flight.
     const auto forget_all = [](auto& pieces) {
@@ -255,9 +248,11 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
 
     forget_all(kept);
     forget_all(weights);
-    if constexpr (kLayer) {
-        forget_all(biases);
-    }
+    // The bias, which L1 holds, is read piece by piece: ahead of the sums it would cost registers, and so rows in
+    // flight.
+    const auto bias_of = [&](int piece) {
+        return kLayer && bias != nullptr && piece < num_pieces ? load_vec<kVec>(bias + piece * kVec) : Piece{};
+    };
     const auto normalise = [&](const Piece& v, const Piece& w, const Piece& b, float (&y)[kVec]) {
         float c[kVec], d[kVec];
         to_floats(v, y);
@@ -292,16 +287,12 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
         float y[kVec];
-        normalise(kept[j], weights[j], biases[kLayer ? j : 0], y);
+        normalise(kept[j], weights[j], bias_of(piece_of(j)), y);
         write(piece_of(j), exists(j), y);
     }
     for_rest([&](int piece) {
-        Piece b{};
-        if (kLayer && bias != nullptr) {
-            b = load_vec<kVec>(bias + piece * kVec);
-        }
         float y[kVec];
-        normalise(load(piece), load_vec<kVec>(weight + piece * kVec), b, y);
+        normalise(load(piece), load_vec<kVec>(weight + piece * kVec), bias_of(piece), y);
         write(piece, true, y);
     });
 }

@@ -51,12 +51,14 @@ def bind(
     outputs: list[Tensor],
     *,
     num_tokens: int,
+    max_query_len: int = 0,
     dtype: torch.dtype,
     products: Products,
 ) -> Call:
     """The call that runs ``step`` on these tensors, in the order of its inputs and outputs.
 
     num_tokens, dtype: of the step and of the model, which attention_plan needs and no tensor of its own tells
+    max_query_len: of the step, for paged_attention; 0 where any sequence may have any number of its tokens
     Raises CompileError for a step with an op that is none of BINDERS.
     """
     if step.op not in BINDERS:
@@ -64,7 +66,8 @@ def bind(
     if step.op in PRODUCTS and inputs[0].device.type != "cpu":
         (out,) = outputs
         return products.call(product_of(step, out.shape[1], inputs[0].shape[1], dtype), inputs, out)
-    return BINDERS[step.op](inputs, outputs, {**step.attributes, "num_tokens": num_tokens, "dtype": dtype})
+    of_the_step = {"num_tokens": num_tokens, "max_query_len": max_query_len, "dtype": dtype}
+    return BINDERS[step.op](inputs, outputs, {**step.attributes, **of_the_step})
 
 
 def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
@@ -166,6 +169,7 @@ def _paged_attention(inputs: list[Tensor], outputs: list[Tensor], attributes: At
         _fk.paged_attention.default,
         *inputs,
         *(attributes["scale"], attributes["window"], attributes["soft_cap"], outputs[0]),
+        max_query_len=attributes["max_query_len"],
     )
 
 
