@@ -30,7 +30,9 @@ inline constexpr int kNormShortThreads = 128;  // of the block where several row
 
 // Threads of an SM that the registers are to leave room for, where a row is so short that its block is small.
 template <NormKind kKind, typename Out>
-inline constexpr int kNormThreadsPerSm = kKind == NormKind::add_rms && sizeof(Out) == 1 ? 896 : 1024;
+inline constexpr int kNormThreadsPerSm = kKind == NormKind::layer                         ? 768
+                                         : kKind == NormKind::add_rms && sizeof(Out) == 1 ? 896
+                                                                                          : 1024;
 
 template <NormKind kKind, typename Out, int kThreads>
 inline constexpr int kNormMinBlocks =
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
     };
 
     // What is normalised: the row of x, or the residual with it added.
-    Piece kept[kPieces], weights[kPieces];
+    Piece kept[kPieces], weights[kPieces], biases[kLayer ? kPieces : 1];
     load_kept(x, kept);
     const auto added = [&](const Piece& v, const Piece& r) {
         float a[kVec], b[kVec];
@@ -139,6 +141,11 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
         }
     } else {
         load_kept(weight, weights);
+        if constexpr (kLayer) {
+            if (bias != nullptr) {
+                load_kept(bias, biases);
+            }
+        }
     }
     // Without this, here and below, the row would be kept as fp32 too: twice the registers, half the rows in flight.
     const auto forget_all = [](auto& pieces) {
@@ -248,11 +255,9 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
 
     forget_all(kept);
     forget_all(weights);
-    // The bias, which L1 holds, is read piece by piece: ahead of the sums it would cost registers, and so rows in
-    // flight.
-    const auto bias_of = [&](int piece) {
-        return kLayer && bias != nullptr && piece < num_pieces ? load_vec<kVec>(bias + piece * kVec) : Piece{};
-    };
+    if constexpr (kLayer) {
+        forget_all(biases);
+    }
     const auto normalise = [&](const Piece& v, const Piece& w, const Piece& b, float (&y)[kVec]) {
         float c[kVec], d[kVec];
         to_floats(v, y);
@@ -287,12 +292,16 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, k
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
         float y[kVec];
-        normalise(kept[j], weights[j], bias_of(piece_of(j)), y);
+        normalise(kept[j], weights[j], biases[kLayer ? j : 0], y);
         write(piece_of(j), exists(j), y);
     }
     for_rest([&](int piece) {
+        Piece b{};
+        if (kLayer && bias != nullptr) {
+            b = load_vec<kVec>(bias + piece * kVec);
+        }
         float y[kVec];
-        normalise(load(piece), load_vec<kVec>(weight + piece * kVec), bias_of(piece), y);
+        normalise(load(piece), load_vec<kVec>(weight + piece * kVec), b, y);
         write(piece, true, y);
     });
 }

