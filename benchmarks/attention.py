@@ -238,7 +238,8 @@ def _paged_case(subject: str, batch: Batch, dtype: torch.dtype, device: torch.de
 
     def ours(i: Paged):
         out = torch.empty_like(i.q, dtype=dtype)
-        return lambda: ops.paged_attention(*i, seq_lens, cu_q, plan=plan(), out=out)
+        longest = batch.longest[0]
+        return lambda: ops.paged_attention(*i, seq_lens, cu_q, max_query_len=longest, plan=plan(), out=out)
 
     def by_fa3(i: Paged):
         # FlashAttention's own layout: [num_pages, page_size, num_kv_heads, head_dim], K and V apart.

@@ -9,6 +9,7 @@
 // the first and does not wait for it: it reads what kernels before the first wrote, and each block of the first waits
 // for those before it lets dependents start. It does wait at the end, in one block, so that whoever waits for the
 // second has waited for both.
+#include <algorithm>
 #include <bit>
 
 #include "attention/attention_decode.h"
@@ -21,9 +22,6 @@
 
 namespace fastkernels {
 namespace {
-
-// With more tokens the memory is busy without it.
-constexpr int64_t kPrefetchTokens = 4;
 
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -83,22 +81,32 @@ void visit_keys(DType dtype, F&& body) {
     }
 }
 
+// Packed rows of the longest sequence of queries there may be.
+int64_t most_rows(const AttentionMmaArgs& a) {
+    const int64_t tokens =
+        a.p.max_query_len > 0 ? std::min<int64_t>(a.p.max_query_len, a.p.num_tokens) : a.p.num_tokens;
+    return tokens * a.group;
+}
+
 void launch_decode(const AttentionMmaArgs& a, dim3 grid, void* stream) {
     visit_keys(a.p.kv_dtype, [&]<typename KV>() {
         visit_head_dim(a.p.head_dim, [&]<int D>() {
+            if (most_rows(a) <= 8) {
+                return attention_decode<KV, D, 1>(a, grid, stream);
+            }
             if constexpr (D <= 128) {
                 if (decode_rows(D, a.group) == 32) {
-                    return attention_decode<KV, D, 2>(a, grid, stream);
+                    return attention_decode<KV, D, 4>(a, grid, stream);
                 }
             }
-            attention_decode<KV, D, 1>(a, grid, stream);
+            attention_decode<KV, D, 2>(a, grid, stream);
         });
     });
 }
 
 void launch_rows(const AttentionMmaArgs& a, dim3 grid, void* stream) {
     visit_keys(a.p.kv_dtype, [&]<typename KV>() {
-        visit_head_dim(a.p.head_dim, [&]<int D>() { attention_rows<KV, D, (D <= 128 ? 2 : 1)>(a, grid, stream); });
+        visit_head_dim(a.p.head_dim, [&]<int D>() { attention_rows<KV, D, (D <= 128 ? 4 : 1)>(a, grid, stream); });
     });
 }
 
@@ -117,11 +125,12 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     const int sms = num_sms();
     a.item_offset = work_map_item_offset(p.num_kv_heads, sms);
     a.prefill_item_offset = work_map_prefill_item_offset(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
-    a.first_wave = p.num_tokens <= kPrefetchTokens ? static_cast<unsigned>(kDecodeBlocksPerSm * sms) : 0;
+    a.num_sms = sms;
     const bool planned_for_sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, a.group, p.dtype);
     a.prefill_rows = planned_for_sm90 ? prefill_rows_sm90(p.head_dim, a.group) : prefill_rows(p.head_dim);
     const bool plain_keys = p.kv_dtype == p.dtype, fp8 = takes_fp8_sm90(p);
-    const bool sm90 = planned_for_sm90 && (plain_keys || fp8) && p.tree_mask == nullptr;
+    const bool prefill = most_rows(a) > decode_rows(p.head_dim, a.group);  // else no sequence has prefill tiles
+    const bool sm90 = prefill && planned_for_sm90 && (plain_keys || fp8) && p.tree_mask == nullptr;
     // Prefill first, on as many SMs as the plan gives it; the decodes fill the others, and all in the end.
     a.beside_prefill = sm90;
     if (sm90) {
@@ -129,7 +138,7 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     }
     const int64_t items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
     launch_decode(a, dim3(static_cast<unsigned>(items * p.num_kv_heads)), stream);
-    if (!sm90 && p.num_tokens * a.group > decode_rows(p.head_dim, a.group)) {
+    if (prefill && !sm90) {
         const int64_t prefill_items = max_prefill_items(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms);
         const dim3 grid(static_cast<unsigned>(prefill_items), static_cast<unsigned>(p.num_kv_heads));
         if (plain_keys && !planned_for_sm90) {

@@ -4,7 +4,7 @@
 //   k, v   the pages of the KV cache, or [num_keys, num_kv_heads, D]: dtype of q, or one byte (e4m3, e5m2, int8) with
 //          a scale for each KV head
 //
-// A block of 4 warps owns one decode item of the work map for one KV head: up to 16 * kRowTiles packed rows (row r is
+// A block of 4 warps owns one decode item of the work map for one KV head: up to 8 * kTiles packed rows (row r is
 // token r / group, head r % group) over a range of keys, taken in blocks of 64. Warp w owns keys [16w, 16w + 16) of
 // each block and all rows: it fetches its keys into a ring of its own (K and V in turn, cp.async, kRing - 1 half steps
 // ahead) and multiplies by them, so no warp waits for another before the end, when they merge their (max, sum, O)
@@ -12,10 +12,13 @@
 // bank conflict. Blocks of the KV heads of one item follow each other, so that what lies together in a page is read at
 // about one time.
 //
+// The keys are the rows of mma's tile of 16 x 8 and the queries its columns, S^T = K Q^T and O^T += V^T P^T, so that
+// the 4 rows that a token has with a group of 4 cost one tile. Weights are turned by movmatrix. The maximum that they
+// are relative to stays where it is until one is 2^kSlack times as large, so that the usual step has no shuffle.
+//
 // One-byte keys and values become fp16 in registers, exactly. ldmatrix moves pairs of bytes: a lane gets four
 // neighbouring dimensions of a key, and q is laid out to match; of V it gets two neighbouring dimensions of two keys,
-// which become two tiles of O, the even dimensions and the odd. The scale of K joins that of the scores, the scale of
-// V that of the output.
+// which become two rows of O^T. The scale of K joins that of the scores, the scale of V that of the output.
 //
 // A tile split among items leaves (O, max, sum) in the workspace, and the item that finishes last adds them up in the
 // order of the splits, so the result does not depend on which that is.
@@ -37,6 +40,7 @@
 #include "common/ptx/ex2.cuh"
 #include "common/ptx/ldmatrix.cuh"
 #include "common/ptx/mma.cuh"
+#include "common/ptx/movmatrix.cuh"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/prefetch.cuh"
 
@@ -46,26 +50,36 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kWarpKeys = kTileKeys / kWarps;
+constexpr int kSharedBytesOfSm = 228 * 1024;
 static_assert(kWarpKeys == 16);
 
-template <typename KV, int D, int kRowTiles>
+// Whether q lies in shared memory, for want of registers.
+template <typename KV, int D, int kTiles>
+inline constexpr bool kSharesQueries = kTiles == 4 || (sizeof(KV) == 1 && D * kTiles > 256);
+
+// kTiles: packed rows of an item in units of 8.
+template <typename KV, int D, int kTiles>
 struct DecodeShape {
-    static_assert(D % 16 == 0 && D <= 256 && (kRowTiles == 1 || (kRowTiles == 2 && D <= 128)));
-    static constexpr int kRows = 16 * kRowTiles;
+    static_assert(D % 16 == 0 && D <= 256 && (kTiles == 1 || kTiles == 2 || (kTiles == 4 && D <= 128)));
+    static constexpr int kRows = 8 * kTiles;
     static constexpr int kElementBytes = sizeof(KV);
     static constexpr int kRowBytes = D * kElementBytes;
     static constexpr int kPieces = kRowBytes / 16;      // of a row
     static constexpr int kStride = (kPieces | 1) * 16;  // bytes between rows in shared memory
     static constexpr int kSlot = kWarpKeys * kStride;   // bytes of a warp's part of a block of K or of V
-    static constexpr int kBlocksPerSm = kDecodeBlocksPerSm;
-    static constexpr int kQBytes = kRowTiles == 1 ? 0 : kRowTiles * D / 16 * 32 * 16;  // fragments, shared by the warps
-    static constexpr int kMergeStride = D + 8;                                         // floats
-    static constexpr int kMergeBytes = kRows * kMergeStride * 4;                       // of a warp
-    // Two blocks fit an SM of 227 KB, one of 99 KB.
-    static constexpr int kRoom = 99 * 1024 - kQBytes;
+    // Of an SM of 228 KB. The start and the end of one hide behind the loops of the others.
+    static constexpr int kBlocksPerSm = kTiles == 1 && D <= 128 ? 4 : kDecodeBlocksPerSm;
+    static constexpr int kQBytes = kSharesQueries<KV, D, kTiles> ? kTiles * D / 16 * 32 * 8 : 0;
+    static constexpr int kMergeStride = D + 4;                    // floats
+    static constexpr int kMergeBytes = kRows * kMergeStride * 4;  // of a warp: O,
+    static constexpr int kMergeSumBytes = kRows * 8;              // and behind it (max, sum)
+    // A block fits a GPU of 99 KB.
+    static constexpr int kRoom = (kBlocksPerSm == 4 ? 56 : 99) * 1024 - kQBytes;
     static constexpr int kRing = std::min(10, kRoom / (kWarps * kSlot));
-    static constexpr int kWarpBytes = std::max(kRing * kSlot, kMergeBytes);
+    static constexpr int kWarpBytes = std::max(kRing * kSlot, kMergeBytes + kMergeSumBytes);
     static constexpr int kSharedBytes = kWarps * kWarpBytes + kQBytes;
+    // Of V, before the softmax: where there are registers for it.
+    static constexpr bool kReadsVEarly = D * kElementBytes <= 256 && D * kTiles <= 256;
     static_assert(kRing >= 3);
     static_assert(kMaxCombinedRows * 4 <= kSharedBytes);
 };
@@ -217,50 +231,108 @@ __device__ void prefetch_first_keys(const AttentionMmaArgs& a, int index, int kv
     }
 }
 
-// Two neighbouring elements of q, of dtype, as fp16; what fp16 cannot hold becomes the largest it can.
-__device__ __forceinline__ uint32_t as_fp16(uint32_t pair, DType dtype) {
-    if (dtype == DType::f16) {
-        return pair;
-    }
+// Two neighbouring elements of bf16 as fp16; what fp16 cannot hold becomes the largest it can.
+__device__ __forceinline__ uint32_t as_fp16(uint32_t pair) {
     constexpr float kLargest = 65504.0f;
     const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
     return pack_pair<fp16>(fminf(fmaxf(low, -kLargest), kLargest), fminf(fmaxf(high, -kLargest), kLargest));
 }
 
-// The A operand of rows [16 i, 16 i + 16), dimensions [16 d, 16 d + 16) in the order that the keys come in.
-template <typename KV>
-__device__ __forceinline__ void load_q(const AttentionMmaArgs& a, const Work& work, int kv_head, int i, int d, int lane,
-                                       uint32_t (&fragment)[4]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = i * 16 + lane / 4 + half * 8;
-        const bool valid = row < work.rows;
-        const auto* q = static_cast<const uint16_t*>(a.p.q) + row_of_q(a, work, kv_head, valid ? row : 0) + d * 16;
-        if (std::is_same_v<KV, e4m3> && a.p.q_dtype == DType::e4m3) {
-            const auto* bytes = static_cast<const unsigned char*>(a.p.q) + row_of_q(a, work, kv_head, valid ? row : 0);
-            const uint32_t four = valid ? *reinterpret_cast<const uint32_t*>(bytes + d * 16 + lane % 4 * 4) : 0;
-            unpack_bytes<e4m3, false>(four, fragment[half], fragment[half + 2]);
-        } else if constexpr (kIsByte<KV>) {
-            const uint2 four = valid ? *reinterpret_cast<const uint2*>(q + lane % 4 * 4) : make_uint2(0, 0);
-            fragment[half] = as_fp16(four.x, a.p.dtype);
-            fragment[half + 2] = as_fp16(four.y, a.p.dtype);
-        } else {
-            fragment[half] = valid ? *reinterpret_cast<const uint32_t*>(q + lane % 4 * 2) : 0;
-            fragment[half + 2] = valid ? *reinterpret_cast<const uint32_t*>(q + lane % 4 * 2 + 8) : 0;
-        }
+// 16 bytes of each of 16 keys, and the next 16 where there are more: d[0] of keys 0 to 7, d[1] of 8 to 15, d[2] and
+// d[3] of the next.
+template <bool kTrans>
+__device__ __forceinline__ void load_byte_tiles(uint32_t (&d)[4], uint32_t address, bool more) {
+    if (more) {
+        kTrans ? ldmatrix_x4_trans(d, address) : ldmatrix_x4(d, address);
+    } else {
+        uint32_t two[2];
+        kTrans ? ldmatrix_x2_trans(two, address) : ldmatrix_x2(two, address);
+        d[0] = two[0];
+        d[1] = two[1];
     }
 }
 
-template <typename KV, int D, int kRowTiles>
+// What a lane holds of q as the B operand, a row a column: dimensions [16 d, 16 d + 16) of row lane / 4 of tile i, in
+// the order that the keys come in. All loads are issued before the first is waited for.
+template <typename KV, int D, int kTiles>
+struct Queries {
+    static constexpr bool kShared = kSharesQueries<KV, D, kTiles>;
+    static constexpr int kOwn = kShared ? 1 : kTiles;  // row tiles a warp loads: all, or one to share
+    uint2 pieces[kOwn][D / 16];
+
+    __device__ __forceinline__ void load(const AttentionMmaArgs& a, const Work& work, int kv_head, int warp, int lane) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int row = (kShared ? warp % kTiles : i) * 8 + lane / 4;
+            const bool valid = row < work.rows;
+            const int64_t offset = row_of_q(a, work, kv_head, valid ? row : 0);
+            if (is_bytes(a)) {
+                const auto* q = static_cast<const unsigned char*>(a.p.q) + offset + lane % 4 * 4;
+#pragma unroll
+                for (int d = 0; d < D / 16; ++d) {
+                    pieces[i][d].x = valid ? *reinterpret_cast<const uint32_t*>(q + d * 16) : 0;
+                }
+            } else {
+                const auto* q = static_cast<const uint16_t*>(a.p.q) + offset;
+#pragma unroll
+                for (int d = 0; d < D / 16; ++d) {
+                    uint2 x = make_uint2(0, 0);
+                    if constexpr (kIsByte<KV>) {
+                        if (valid) {
+                            x = *reinterpret_cast<const uint2*>(q + d * 16 + lane % 4 * 4);
+                        }
+                    } else if (valid) {
+                        x.x = *reinterpret_cast<const uint32_t*>(q + d * 16 + lane % 4 * 2);
+                        x.y = *reinterpret_cast<const uint32_t*>(q + d * 16 + lane % 4 * 2 + 8);
+                    }
+                    pieces[i][d] = x;
+                }
+            }
+        }
+    }
+
+    // To the dtype of the products.
+    __device__ __forceinline__ void convert(const AttentionMmaArgs& a) {
+        if constexpr (kIsByte<KV>) {
+            const auto each = [&](auto convert) {
+#pragma unroll
+                for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+                    for (int d = 0; d < D / 16; ++d) {
+                        convert(pieces[i][d]);
+                    }
+                }
+            };
+            if (is_bytes(a)) {
+                each([](uint2& x) { unpack_bytes<e4m3, false>(x.x, x.x, x.y); });
+            } else if (a.p.dtype == DType::bf16) {
+                each([](uint2& x) { x = make_uint2(as_fp16(x.x), as_fp16(x.y)); });
+            }
+        }
+    }
+
+    static __device__ bool is_bytes(const AttentionMmaArgs& a) {
+        return std::is_same_v<KV, e4m3> && a.p.q_dtype == DType::e4m3;
+    }
+};
+
+// Where a maximum grows by less than a factor of 2^this, the weights go on from the old one.
+constexpr float kSlack = 8.0f;
+
+// kTiles: of the work, at most those of the shape.
+template <typename KV, int D, int kTiles, typename Shape>
 __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
                                        unsigned char* shared) {
-    using Shape = DecodeShape<KV, D, kRowTiles>;
     using M = std::conditional_t<kIsByte<KV>, fp16, KV>;  // of the products
+    static_assert(8 * kTiles <= Shape::kRows && kTiles <= kWarps);
     constexpr int kSlot = Shape::kSlot, kStride = Shape::kStride, kRing = Shape::kRing;
-    constexpr int kChains = kRowTiles == 1 && D <= 128 ? 2 : 1;  // partial sums of a score, for more products in flight
+    constexpr int kChains = D > 128 ? 1 : 4 / kTiles;  // partial sums of a score, for more products in flight
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, group_row = lane / 4;
     const int num_blocks = max(0, work.end - work.begin + kTileKeys - 1) / kTileKeys;
     const uint32_t ring = shared_address(shared + warp * Shape::kWarpBytes);
+
+    Queries<KV, D, kTiles> queries;
+    queries.load(a, work, kv_head, warp, lane);
 
     // --- The ring: half step 2j multiplies by K of block j, half step 2j + 1 by its V --------------------------------
     KeyLoader<Shape> loader(a, item, work, kv_head, warp, lane, sizeof(KV));
@@ -292,41 +364,32 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     }
 
     // --- Queries: each warp's registers, or fragments in shared memory that the warps share --------------------------
-    [[maybe_unused]] uint32_t q_registers[kRowTiles == 1 ? D / 16 : 1][4];
-    auto* q_shared = reinterpret_cast<uint4*>(shared + kWarps * Shape::kWarpBytes);
-    if constexpr (kRowTiles == 1) {
+    queries.convert(a);
+    auto* q_shared = reinterpret_cast<uint2*>(shared + kWarps * Shape::kWarpBytes);
+    if constexpr (queries.kShared) {
+        if (warp < kTiles) {
 #pragma unroll
-        for (int d = 0; d < D / 16; ++d) {
-            load_q<KV>(a, work, kv_head, 0, d, lane, q_registers[d]);
-        }
-    } else {
-        for (int i = warp; i < kRowTiles * D / 16; i += kWarps) {
-            uint32_t q[4];
-            load_q<KV>(a, work, kv_head, i / (D / 16), i % (D / 16), lane, q);
-            q_shared[i * 32 + lane] = make_uint4(q[0], q[1], q[2], q[3]);
+            for (int d = 0; d < D / 16; ++d) {
+                q_shared[(warp * (D / 16) + d) * 32 + lane] = queries.pieces[0][d];
+            }
         }
         __syncthreads();
     }
-    const auto q_fragment = [&](int i, int d, uint32_t (&q)[4]) {
-        if constexpr (kRowTiles == 1) {
-            q[0] = q_registers[d][0];
-            q[1] = q_registers[d][1];
-            q[2] = q_registers[d][2];
-            q[3] = q_registers[d][3];
+    const auto query = [&](int i, int d) {
+        if constexpr (!queries.kShared) {
+            return queries.pieces[i][d];
         } else {
-            const uint4 x = q_shared[(i * (D / 16) + d) * 32 + lane];
-            q[0] = x.x;
-            q[1] = x.y;
-            q[2] = x.z;
-            q[3] = x.w;
+            return q_shared[(i * (D / 16) + d) * 32 + lane];
         }
     };
 
-    float o[kRowTiles][D / 8][4] = {};
-    float row_max[kRowTiles][2], row_sum[kRowTiles][2] = {};  // of rows group_row and group_row + 8; sums of this lane
+    // The lane's scores and sums are of rows 2 * quad + e of each tile, e = 0 and 1.
+    float o[kTiles][D / 16][4] = {};
+    float row_max[kTiles][2], row_sum[kTiles][2] = {};  // sums of this lane's keys
+    float shift[kTiles][2] = {}, limit[kTiles][2];      // of exponents; of scores, above which row_max moves
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-        row_max[i][0] = row_max[i][1] = kNegInf;
+    for (int i = 0; i < kTiles; ++i) {
+        row_max[i][0] = row_max[i][1] = limit[i][0] = limit[i][1] = kNegInf;
     }
     float qk_scale = scale_of<KV>(a.p.k_scale, kv_head);
     if constexpr (std::is_same_v<KV, e4m3>) {
@@ -334,175 +397,200 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     }
     const float exponent = a.exponent * (a.p.soft_cap > 0.0f ? 1.0f : qk_scale);
     const float tanh_exponent = a.tanh_exponent * qk_scale;
-    // Lane addresses within a slot (common/ptx/ldmatrix.cuh): K's rows are B's columns, V is transposed on the way.
-    const uint32_t byte_lane = lane % 16 * kStride;
-    const uint32_t k_lane = kIsByte<KV> ? byte_lane : (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 16;
-    const uint32_t v_lane = kIsByte<KV> ? byte_lane : lane % 16 * kStride + lane / 16 * 16;
+    // Lane addresses within a slot (common/ptx/ldmatrix.cuh): K's rows are A's, V is transposed on the way.
+    const uint32_t k_lane = lane % 16 * kStride + lane / 16 * 16;
+    const uint32_t v_lane = kIsByte<KV> ? k_lane : (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 16;
 
     for (int block = 0; block < num_blocks; ++block) {
-        // S = Q K^T
+        // S^T = K Q^T: keys group_row and group_row + 8
         const uint32_t k_slot = advance(2 * block) + k_lane;
-        float s[kRowTiles][2][4];
+        float s[kTiles][4];
         {
-            float sums[kChains][kRowTiles][2][4] = {};
+            float sums[kChains][kTiles][4] = {};
+            const auto multiply = [&](int d, const uint32_t (&k)[4]) {
 #pragma unroll
-            for (int d = 0; d < D / 16; ++d) {
-                uint32_t b[4];
-                if constexpr (kIsByte<KV>) {
-                    uint32_t bytes[2];
-                    ldmatrix_x2(bytes, k_slot + d * 16);
-                    unpack_bytes<KV, false>(bytes[0], b[0], b[1]);
-                    unpack_bytes<KV, false>(bytes[1], b[2], b[3]);
-                } else {
-                    ldmatrix_x4(b, k_slot + d * 32);
+                for (int i = 0; i < kTiles; ++i) {
+                    const uint2 q = query(i, d);
+                    mma_m16n8k16<M>(sums[d % kChains][i], k, q.x, q.y);
                 }
+            };
+            if constexpr (kIsByte<KV>) {
 #pragma unroll
-                for (int i = 0; i < kRowTiles; ++i) {
-                    uint32_t q[4];
-                    q_fragment(i, d, q);
-                    mma_m16n8k16<M>(sums[d % kChains][i][0], q, b[0], b[1]);
-                    mma_m16n8k16<M>(sums[d % kChains][i][1], q, b[2], b[3]);
+                for (int d = 0; d < D / 16; d += 2) {
+                    uint32_t bytes[4], k[4];
+                    load_byte_tiles<false>(bytes, k_slot + d * 16, d + 1 < D / 16);
+                    unpack_bytes<KV, false>(bytes[0], k[0], k[2]);
+                    unpack_bytes<KV, false>(bytes[1], k[1], k[3]);
+                    multiply(d, k);
+                    if (d + 1 < D / 16) {
+                        unpack_bytes<KV, false>(bytes[2], k[0], k[2]);
+                        unpack_bytes<KV, false>(bytes[3], k[1], k[3]);
+                        multiply(d + 1, k);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int d = 0; d < D / 16; ++d) {
+                    uint32_t k[4];
+                    ldmatrix_x4(k, k_slot + d * 32);
+                    multiply(d, k);
                 }
             }
 #pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
+            for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int n = 0; n < 2; ++n) {
+                for (int e = 0; e < 4; ++e) {
+                    s[i][e] = sums[0][i][e];
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        s[i][n][e] = kChains == 1 ? sums[0][i][n][e] : sums[0][i][n][e] + sums[kChains - 1][i][n][e];
+                    for (int chain = 1; chain < kChains; ++chain) {
+                        s[i][e] += sums[chain][i][e];
                     }
                 }
+            }
+        }
+
+        // V is read before the softmax, whose chain of dependent steps it does not lengthen.
+        const uint32_t v_slot = advance(2 * block + 1) + v_lane;
+        uint32_t v[D / 16][kIsByte<KV> ? 2 : 4];
+        const auto read_v = [&](int d) {
+            if constexpr (!kIsByte<KV>) {
+                ldmatrix_x4_trans(v[d], v_slot + d * 32);
+            } else if (d % 2 == 0) {
+                uint32_t bytes[4];
+                load_byte_tiles<true>(bytes, v_slot + d * 16, d + 1 < D / 16);
+                v[d][0] = bytes[0];
+                v[d][1] = bytes[1];
+                if (d + 1 < D / 16) {
+                    v[d + 1][0] = bytes[2];
+                    v[d + 1][1] = bytes[3];
+                }
+            }
+        };
+        if constexpr (Shape::kReadsVEarly) {
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                read_v(d);
             }
         }
 
         // Soft cap, then the mask where this block of keys crosses an edge.
         if (a.p.soft_cap > 0.0f) {
 #pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
+            for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {  // tanh(x) = 1 - 2 / (1 + e^2x)
-                        s[i][n][e] = 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(s[i][n][e] * tanh_exponent));
-                    }
+                for (int e = 0; e < 4; ++e) {  // tanh(x) = 1 - 2 / (1 + e^2x)
+                    s[i][e] = 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(s[i][e] * tanh_exponent));
                 }
             }
         }
         const int block_begin = work.begin + block * kTileKeys;
         if (work.crosses_edge(a, block_begin)) {
+            const int key = block_begin + warp * kWarpKeys + group_row;
 #pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
+            for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const Visible visible(a, work, i * 16 + group_row + half * 8);
-                    const int first_key = block_begin + warp * kWarpKeys + quad * 2;
+                for (int e = 0; e < 2; ++e) {
+                    const Visible visible(a, work, i * 8 + quad * 2 + e);
+                    s[i][e] = visible(key) ? s[i][e] : kNegInf;
+                    s[i][e + 2] = visible(key + 8) ? s[i][e + 2] : kNegInf;
+                }
+            }
+        }
+
+        // Seldom: a maximum has grown; O and the sums follow it.
+        bool grows = false;
 #pragma unroll
-                    for (int n = 0; n < 2; ++n) {
+        for (int i = 0; i < kTiles; ++i) {
+            grows |= fmaxf(s[i][0], s[i][2]) > limit[i][0] || fmaxf(s[i][1], s[i][3]) > limit[i][1];
+        }
+        if (__any_sync(0xffffffffu, grows)) {
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            if (!visible(first_key + n * 8 + e)) {
-                                s[i][n][half * 2 + e] = kNegInf;
-                            }
-                        }
+            for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float m = fmaxf(fmaxf(s[i][e], s[i][e + 2]), row_max[i][e]);
+                    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 4));
+                    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 8));
+                    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 16));
+                    shift[i][e] = finite_max(m) * exponent;
+                    limit[i][e] = m + kSlack / exponent;
+                    const float correction = exp2_approx(row_max[i][e] * exponent - shift[i][e]);
+                    row_max[i][e] = m;
+                    row_sum[i][e] *= correction;
+#pragma unroll
+                    for (int d = 0; d < D / 16; ++d) {
+                        o[i][d][e] *= correction;
+                        o[i][d][e + 2] *= correction;
                     }
                 }
             }
         }
 
-        // P = 2^(exponent * (S - max)), rounded to M as the A operand of P V; O and the sums follow the maximum.
-        uint32_t p_fragments[kRowTiles][4];
+        // P = 2^(exponent * (S - max)), rounded to M, and turned to be the B operand of O^T += V^T P^T.
+        uint32_t weights[kTiles][2];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-            float correction[2];
+        for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float m = fmaxf(fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]),
-                                fmaxf(s[i][1][half * 2], s[i][1][half * 2 + 1]));
-                m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-                m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-                m = fmaxf(m, row_max[i][half]);
-                const float shift = finite_max(m) * exponent;
-                correction[half] = exp2_approx(row_max[i][half] * exponent - shift);
-                row_max[i][half] = m;
-                float sum = 0.0f;
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        float& x = s[i][n][half * 2 + e];
-                        x = exp2_approx(x * exponent - shift);
-                        sum += x;
-                    }
-                }
-                row_sum[i][half] = row_sum[i][half] * correction[half] + sum;
+            for (int e = 0; e < 4; ++e) {
+                s[i][e] = exp2_approx(s[i][e] * exponent - shift[i][e % 2]);
+                row_sum[i][e % 2] += s[i][e];
             }
-            if (__any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f)) {
-#pragma unroll
-                for (int n = 0; n < D / 8; ++n) {
-                    o[i][n][0] *= correction[0];
-                    o[i][n][1] *= correction[0];
-                    o[i][n][2] *= correction[1];
-                    o[i][n][3] *= correction[1];
-                }
-            }
-            p_fragments[i][0] = pack_pair<M>(s[i][0][0], s[i][0][1]);
-            p_fragments[i][1] = pack_pair<M>(s[i][0][2], s[i][0][3]);
-            p_fragments[i][2] = pack_pair<M>(s[i][1][0], s[i][1][1]);
-            p_fragments[i][3] = pack_pair<M>(s[i][1][2], s[i][1][3]);
+            weights[i][0] = movmatrix_trans(pack_pair<M>(s[i][0], s[i][1]));
+            weights[i][1] = movmatrix_trans(pack_pair<M>(s[i][2], s[i][3]));
         }
-
-        // O += P V
-        const uint32_t v_slot = advance(2 * block + 1) + v_lane;
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
-            uint32_t b[4];
+            if constexpr (!Shape::kReadsVEarly) {
+                read_v(d);
+            }
+            uint32_t operand[4];
             if constexpr (kIsByte<KV>) {
-                uint32_t bytes[2];
-                ldmatrix_x2_trans(bytes, v_slot + d * 16);
-                unpack_bytes<KV, true>(bytes[0], b[0], b[2]);  // the even dimensions and the odd, keys 0 to 7
-                unpack_bytes<KV, true>(bytes[1], b[1], b[3]);  // keys 8 to 15
-            } else {
-                ldmatrix_x4_trans(b, v_slot + d * 32);
+                unpack_bytes<KV, true>(v[d][0], operand[0],
+                                       operand[1]);  // the even dimensions and the odd, keys 0 to 7
+                unpack_bytes<KV, true>(v[d][1], operand[2], operand[3]);  // keys 8 to 15
             }
 #pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-                mma_m16n8k16<M>(o[i][2 * d], p_fragments[i], b[0], b[1]);
-                mma_m16n8k16<M>(o[i][2 * d + 1], p_fragments[i], b[2], b[3]);
+            for (int i = 0; i < kTiles; ++i) {
+                if constexpr (kIsByte<KV>) {
+                    mma_m16n8k16<M>(o[i][d], operand, weights[i][0], weights[i][1]);
+                } else {
+                    mma_m16n8k16<M>(o[i][d], v[d], weights[i][0], weights[i][1]);
+                }
             }
         }
     }
     cp_async_wait<0>();
 
-    // --- The warps merge through shared memory: O [4][kRows][kMergeStride], each warp's where its ring was -----------
-    __shared__ float2 merge_ms[kWarps][Shape::kRows];  // max in powers of 2, sum
+    // --- The warps merge through shared memory: O [kRows][kMergeStride] and (max in powers of 2, sum) of each, where
+    // its ring was
+    // ---------------------------------------------------------------------------------------------------------
+    const auto merge_o = [&](int w) { return reinterpret_cast<float*>(shared + w * Shape::kWarpBytes); };
+    const auto merge_sums = [&](int w) {
+        return reinterpret_cast<float2*>(shared + w * Shape::kWarpBytes + Shape::kMergeBytes);
+    };
     __syncwarp();
-    auto* merge_o = reinterpret_cast<float*>(shared + warp * Shape::kWarpBytes);
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = row_sum[i][half];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            const int row = i * 16 + group_row + half * 8;
+        for (int e = 0; e < 2; ++e) {
+            float sum = row_sum[i][e];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+            const int row = i * 8 + quad * 2 + e;
             if (row < work.rows) {
-                if (quad == 0) {
-                    merge_ms[warp][row] = make_float2(row_max[i][half] * exponent, sum);
+                if (group_row == 0) {
+                    merge_sums(warp)[row] = make_float2(row_max[i][e] * exponent, sum);
                 }
-                float* to = merge_o + row * Shape::kMergeStride;
+                float* to = merge_o(warp) + row * Shape::kMergeStride;
 #pragma unroll
-                for (int n = 0; n < D / 16; ++n) {
-                    const float (&first)[4] = o[i][2 * n];
-                    const float (&second)[4] = o[i][2 * n + 1];
+                for (int d = 0; d < D / 16; ++d) {
                     if constexpr (kIsByte<KV>) {
-                        *reinterpret_cast<float4*>(to + n * 16 + quad * 4) =
-                            make_float4(first[half * 2], second[half * 2], first[half * 2 + 1], second[half * 2 + 1]);
+                        *reinterpret_cast<float2*>(to + d * 16 + group_row * 2) =
+                            make_float2(o[i][d][e], o[i][d][e + 2]);
                     } else {
-                        *reinterpret_cast<float2*>(to + n * 16 + quad * 2) =
-                            make_float2(first[half * 2], first[half * 2 + 1]);
-                        *reinterpret_cast<float2*>(to + n * 16 + 8 + quad * 2) =
-                            make_float2(second[half * 2], second[half * 2 + 1]);
+                        to[d * 16 + group_row] = o[i][d][e];
+                        to[d * 16 + group_row + 8] = o[i][d][e + 2];
                     }
                 }
             }
@@ -515,18 +603,15 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
         float m = kNegInf, sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            m = fmaxf(m, merge_ms[w][row].x);
+            m = fmaxf(m, merge_sums(w)[row].x);
         }
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            const float2 part = merge_ms[w][row];
+            const float2 part = merge_sums(w)[row];
             const float weight = exp2_approx(part.x - finite_max(m));
             sum += weight * part.y;
-            add_scaled(x,
-                       *reinterpret_cast<const float4*>(shared + w * Shape::kWarpBytes +
-                                                        (row * Shape::kMergeStride + column) * 4),
-                       weight);
+            add_scaled(x, *reinterpret_cast<const float4*>(merge_o(w) + row * Shape::kMergeStride + column), weight);
         }
         if (item.num_splits == 1) {
             store_out<KV>(a, work, kv_head, row, column, x, sum > 0.0f ? v_scale / sum : 0.0f);
@@ -540,15 +625,15 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     }
 }
 
-template <typename KV, int D, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBlocksPerSm)
+template <typename KV, int D, int kTiles>
+__global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksPerSm)
     attention_decode_kernel(const __grid_constant__ AttentionMmaArgs a) {
-    using Shape = DecodeShape<KV, D, kRowTiles>;
+    using Shape = DecodeShape<KV, D, kTiles>;
     extern __shared__ __align__(16) unsigned char shared[];
     const int index = static_cast<int>(blockIdx.x) / a.p.num_kv_heads;
     const int kv_head = static_cast<int>(blockIdx.x) % a.p.num_kv_heads;
     if (!a.beside_prefill) {
-        if (blockIdx.x < a.first_wave) {
+        if (a.p.num_tokens <= kPrefetchTokens && static_cast<int>(blockIdx.x) < kDecodeBlocksPerSm * a.num_sms) {
             prefetch_first_keys<Shape>(a, index, kv_head, sizeof(KV));
         }
         pdl_wait();
@@ -557,7 +642,15 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBloc
     const WorkItem item = reinterpret_cast<const WorkItem*>(a.p.work_map + a.item_offset)[index];
     if (index < a.p.work_map[0] && (a.p.page_size == 0 || item.len_k > 0)) {
         const Work work(a, item, Shape::kRows);
-        attend<KV, D, kRowTiles>(a, item, work, kv_head, shared);
+        if constexpr (kTiles == 2) {
+            if (work.rows <= 8) {
+                attend<KV, D, 1, Shape>(a, item, work, kv_head, shared);
+            } else {
+                attend<KV, D, 2, Shape>(a, item, work, kv_head, shared);
+            }
+        } else {
+            attend<KV, D, kTiles, Shape>(a, item, work, kv_head, shared);
+        }
         if (item.num_splits > 1) {
             combine_if_last<KV, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
         }
@@ -569,10 +662,10 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBloc
 
 // The prefill tiles that no other kernel takes: rows by kRows at a time, each time over all keys. It runs beside
 // attention_decode, launched just before, and does not wait for it (attention.cu).
-template <typename KV, int D, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBlocksPerSm)
+template <typename KV, int D, int kTiles>
+__global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksPerSm)
     attention_rows_kernel(const __grid_constant__ AttentionMmaArgs a) {
-    using Shape = DecodeShape<KV, D, kRowTiles>;
+    using Shape = DecodeShape<KV, D, kTiles>;
     extern __shared__ __align__(16) unsigned char shared[];
     const int kv_head = static_cast<int>(blockIdx.y);
     pdl_launch_dependents();
@@ -585,7 +678,7 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBloc
         if (a.p.page_size > 0 && item.len_k == 0) {
             break;
         }
-        attend<KV, D, kRowTiles>(a, item, work.part(a, row, Shape::kRows), kv_head, shared);
+        attend<KV, D, kTiles, Shape>(a, item, work.part(a, row, Shape::kRows), kv_head, shared);
         __syncthreads();
         more = row + Shape::kRows < work.rows;
         if (!more && item.num_splits > 1) {
@@ -599,17 +692,26 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kRowTiles>::kBloc
 
 }  // namespace
 
-template <typename KV, int D, int kRowTiles>
+template <typename KV, int D, int kTiles>
 void attention_decode(const AttentionMmaArgs& a, dim3 grid, void* stream) {
-    using Shape = DecodeShape<KV, D, kRowTiles>;
-    launch(attention_decode_kernel<KV, D, kRowTiles>,
-           {.grid = grid, .block = dim3(kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true}, stream, a);
+    using Shape = DecodeShape<KV, D, kTiles>;
+    // Blocks an SM: as few as take all items at once, held to by asking for so much that one more does not fit. An SM
+    // with room to spare would start more of them than its share.
+    const int64_t items = a.p.num_tokens * a.p.num_kv_heads;  // of sequences that are not split
+    const int64_t blocks = std::clamp<int64_t>((items + a.num_sms - 1) / a.num_sms, 2, Shape::kBlocksPerSm);
+    const int shared_bytes = std::max<int>(Shape::kSharedBytes, kSharedBytesOfSm / static_cast<int>(blocks + 1));
+    launch(attention_decode_kernel<KV, D, kTiles>,
+           {.grid = grid,
+            .block = dim3(kThreads),
+            .shared_bytes = static_cast<size_t>(blocks < Shape::kBlocksPerSm ? shared_bytes : Shape::kSharedBytes),
+            .pdl = true},
+           stream, a);
 }
 
-template <typename KV, int D, int kRowTiles>
+template <typename KV, int D, int kTiles>
 void attention_rows(const AttentionMmaArgs& a, dim3 grid, void* stream) {
-    using Shape = DecodeShape<KV, D, kRowTiles>;
-    launch(attention_rows_kernel<KV, D, kRowTiles>,
+    using Shape = DecodeShape<KV, D, kTiles>;
+    launch(attention_rows_kernel<KV, D, kTiles>,
            {.grid = grid, .block = dim3(kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true}, stream, a);
 }
 

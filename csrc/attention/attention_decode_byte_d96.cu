@@ -9,8 +9,11 @@ template void attention_decode<int8_t, 96, 1>(const AttentionMmaArgs&, dim3, voi
 template void attention_decode<e4m3, 96, 2>(const AttentionMmaArgs&, dim3, void*);
 template void attention_decode<e5m2, 96, 2>(const AttentionMmaArgs&, dim3, void*);
 template void attention_decode<int8_t, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<e4m3, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<e5m2, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<int8_t, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<e4m3, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<e5m2, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<int8_t, 96, 4>(const AttentionMmaArgs&, dim3, void*);
 
 }  // namespace fastkernels

@@ -7,7 +7,9 @@ template void attention_decode<bf16, 64, 1>(const AttentionMmaArgs&, dim3, void*
 template void attention_decode<fp16, 64, 1>(const AttentionMmaArgs&, dim3, void*);
 template void attention_decode<bf16, 64, 2>(const AttentionMmaArgs&, dim3, void*);
 template void attention_decode<fp16, 64, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<bf16, 64, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<fp16, 64, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 64, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 64, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<bf16, 64, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<fp16, 64, 4>(const AttentionMmaArgs&, dim3, void*);
 
 }  // namespace fastkernels

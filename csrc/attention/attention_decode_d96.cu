@@ -7,7 +7,9 @@ template void attention_decode<bf16, 96, 1>(const AttentionMmaArgs&, dim3, void*
 template void attention_decode<fp16, 96, 1>(const AttentionMmaArgs&, dim3, void*);
 template void attention_decode<bf16, 96, 2>(const AttentionMmaArgs&, dim3, void*);
 template void attention_decode<fp16, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<bf16, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_rows<fp16, 96, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<bf16, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_rows<fp16, 96, 4>(const AttentionMmaArgs&, dim3, void*);
 
 }  // namespace fastkernels

@@ -20,7 +20,7 @@ struct AttentionMmaArgs {
     float tanh_exponent;  // e^2x = 2^(tanh_exponent * score), x = scale * score / soft_cap
     int64_t item_offset, prefill_item_offset;  // in the work map
     int32_t prefill_rows;                      // of a prefill tile, as the plan cut them
-    unsigned first_wave;                       // blocks of attention_decode that the GPU holds at once
+    int32_t num_sms;
     // attention_sm90 was launched just before, for the prefill items of this call, and the two run side by side:
     // attention_decode does not wait for it to end, but ends after it (attention.cu).
     bool beside_prefill;

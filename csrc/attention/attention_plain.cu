@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_plain_kernel(const __gr
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int token = static_cast<int>(blockIdx.x / p.num_q_heads), head = static_cast<int>(blockIdx.x % p.num_q_heads);
     pdl_wait();
+    pdl_launch_dependents();
     if (token >= p.cu_seqlens_q[p.num_seqs]) {
         return;  // padding
     }
@@ -119,7 +120,6 @@ __global__ void __launch_bounds__(kWarps * 32) attention_plain_kernel(const __gr
             }
         }
     }
-    pdl_launch_dependents();
 
     if (lane == 0) {
         merge_max[warp] = row_max;

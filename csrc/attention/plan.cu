@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     __shared__ uint64_t scratch[kWarps];
     const int thread = threadIdx.x, num_seqs = static_cast<int>(a.p.num_seqs);
     pdl_wait();
+    pdl_launch_dependents();
 
     uint64_t num_tiles = 0, total;
     for (int base = 0; base < num_seqs; base += kThreads) {
@@ -233,7 +234,6 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
         a.p.work_map[2] = 0;
         a.p.work_map[3] = prefill_sms(all_key_blocks[0], all_key_blocks[1], a.tile_rows, a.num_sms);
     }
-    pdl_launch_dependents();
 }
 
 }  // namespace

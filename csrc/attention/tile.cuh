@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/attention_mma.h"
+#include "common/ptx/atomic.cuh"
 #include "common/ptx/byte_types.cuh"
 #include "common/ptx/ex2.cuh"
 #include "common/reduce.cuh"
@@ -170,14 +171,12 @@ __device__ void combine_if_last(const AttentionMmaArgs& a, const WorkItem& item,
     __syncthreads();
     bool last = false;
     if (threadIdx.x == 0) {
-        __threadfence();  // also of what the other threads wrote before the barrier
         // Wraps to 0 at the last, ready for the next launch. The map is const to its readers but for these counters.
+        // Releases also what the other threads wrote before the barrier.
         int32_t* counters = const_cast<int32_t*>(a.p.work_map) + kHeaderInts;
-        const unsigned before = atomicInc(
-            reinterpret_cast<unsigned*>(counters + static_cast<int64_t>(item.counter) * a.p.num_kv_heads + kv_head),
-            splits - 1);
-        last = before == static_cast<unsigned>(splits - 1);
-        __threadfence();
+        auto* counter =
+            reinterpret_cast<uint32_t*>(counters + static_cast<int64_t>(item.counter) * a.p.num_kv_heads + kv_head);
+        last = atomic_inc_acq_rel(counter, splits - 1) == static_cast<uint32_t>(splits - 1);
     }
     if (!__syncthreads_or(last)) {
         return;

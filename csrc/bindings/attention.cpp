@@ -114,7 +114,7 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seql
 void paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q,
                      Tensor work_map, Tensor workspace, double scale, int64_t window, double soft_cap, Tensor y,
                      std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, std::optional<Tensor> tree_mask,
-                     std::optional<Tensor> q_scale) {
+                     std::optional<Tensor> q_scale, int64_t max_query_len) {
     check(kv_cache.dim() == 5 && kv_cache.size(1) == 2 && kv_cache.size(4) == q.size(2),
           "paged_attention: kv_cache must be [num_pages, 2, num_kv_heads, page_size, head_dim]");
     AttentionParams p =
@@ -141,9 +141,15 @@ void paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_le
         p.tree_mask = static_cast<const int64_t*>(in(*tree_mask));
     }
     p.max_pages = page_table.size(1);
+    p.max_query_len = max_query_len;
     p.causal = true;
     if (!q.is_cuda()) {
         check_cumulative("paged_attention", "cu_seqlens_q", p.cu_seqlens_q, p.num_seqs, p.num_tokens);
+        for (int64_t seq = 0; max_query_len > 0 && seq < p.num_seqs; ++seq) {
+            const int64_t queries = p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq];
+            check(queries <= max_query_len, "paged_attention: a sequence has ", queries,
+                  " queries, but max_query_len is ", max_query_len);
+        }
         check_pages(p, kv_cache.size(0), page_table.size(1));
     }
     FK_LAUNCH(attention, q, p);
@@ -190,7 +196,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def(
         "paged_attention(Tensor q, Tensor kv_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q, "
         "Tensor work_map, Tensor(a!) workspace, float scale, int window, float soft_cap, Tensor(b!) out, "
-        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? tree_mask=None, Tensor? q_scale=None) -> ()");
+        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? tree_mask=None, Tensor? q_scale=None, "
+        "int max_query_len=0) -> ()");
     m.def(
         "attention_plan(Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seq_lens, int num_tokens, "
         "int num_q_heads, int num_kv_heads, int head_dim, int window, bool causal, ScalarType dtype, "

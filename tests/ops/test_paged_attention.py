@@ -292,7 +292,7 @@ def test_refuses_wrong_pages_and_lengths(device, monkeypatch):
     batch = PagedBatch.random([(3, 20), (1, 33)], device)
     num_pages = batch.kv_cache.shape[0]
 
-    def call(**changed: torch.Tensor) -> None:
+    def call(**changed: torch.Tensor | int) -> None:
         arguments = {**vars(batch), **changed}
         ops.paged_attention(**arguments)
 
@@ -307,6 +307,8 @@ def test_refuses_wrong_pages_and_lengths(device, monkeypatch):
         call(seq_lens=torch.tensor([2000, 33], dtype=torch.int32, device=device))
     with pytest.raises(ValueError, match="cu_seqlens_q ends at 5, but there are 4 rows"):
         call(cu_seqlens_q=torch.tensor([0, 3, 5], dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match="a sequence has 3 queries, but max_query_len is 2"):
+        call(max_query_len=2)
     with pytest.raises(ValueError, match="cu_seqlens_q must not decrease"):
         call(cu_seqlens_q=torch.tensor([0, 3, 2], dtype=torch.int32, device=device))
 

@@ -1,6 +1,8 @@
 """An executor without a model, strict about its inputs: the next token is a function of the whole sequence,
 which it reads back through slot mapping and page table, as attention does."""
 
+from itertools import pairwise
+
 import torch
 
 from fastkernels.runtime.step import StepBuffers
@@ -26,15 +28,15 @@ class FakeExecutor:
         self.calls: list[tuple[str, int, int]] = []
         self.fail_at: int | None = None
 
-    def replay(self, num_tokens: int, num_logits: int) -> torch.Tensor:
+    def replay(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> torch.Tensor:
         self.calls.append(("replay", num_tokens, num_logits))
-        return self._step(num_tokens, num_logits)
+        return self._step(num_tokens, num_logits, max_query_len)
 
-    def run(self, num_tokens: int, num_logits: int) -> torch.Tensor:
+    def run(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> torch.Tensor:
         self.calls.append(("run", num_tokens, num_logits))
-        return self._step(num_tokens, num_logits)
+        return self._step(num_tokens, num_logits, max_query_len)
 
-    def _step(self, num_tokens: int, num_logits: int) -> torch.Tensor:
+    def _step(self, num_tokens: int, num_logits: int, max_query_len: int) -> torch.Tensor:
         if self.fail_at == len(self.calls):
             raise RuntimeError("the device caught fire")
         x = self.inputs
@@ -42,6 +44,7 @@ class FakeExecutor:
         ids = torch.where(ids < 0, x.sampled[(-ids - 1).clamp(min=0)].long(), ids)
         cu = x.cu_seqlens_q.tolist()
         assert cu[0] == 0 and cu == sorted(cu) and cu[-1] <= num_tokens
+        assert max_query_len in (0, max(end - begin for begin, end in pairwise(cu)))
         assert (x.slot_mapping[cu[-1] : num_tokens] == -1).all() and (ids[cu[-1] :] == 0).all()
         assert (x.slot_mapping[: cu[-1]] >= 0).all()
         self.memory[x.slot_mapping[: cu[-1]]] = ids[: cu[-1]]

@@ -248,7 +248,7 @@ def test_host_work_between_two_decode_steps():
     """The bound is the issue's; the median of many steps, since the machine runs other things too."""
     sizes = {"page_size": 16, "max_num_seqs": 64, "max_seq_len": 2048}
     engine = make_engine(num_pages=64 * 80, max_num_tokens=8192, buckets=(64,), **sizes)
-    engine._executor._step = lambda num_tokens, num_logits: logits[:num_logits]
+    engine._executor._step = lambda num_tokens, num_logits, max_query_len: logits[:num_logits]
     logits = torch.zeros(64, VOCAB_SIZE)
     for _ in range(64):
         engine.add([1] * 1000, SamplingParams(max_tokens=200))

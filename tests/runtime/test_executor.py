@@ -228,6 +228,11 @@ def test_a_replay_is_bitwise_the_eager_run(dtype):
         replayed = executor.replay(num_tokens, MAX_NUM_SEQS)
         assert torch.equal(replayed[: len(chunks)], eager[: len(chunks)])
         assert all(torch.equal(a, b) for a, b in zip(caches, executor.kv_caches, strict=True))
+    # Decodes alone, by a graph that has no kernel for longer queries.
+    executor.capture(16, MAX_NUM_SEQS, 1)
+    num_tokens, _ = fill(executor, {0: (prompt[18:19], 18), 1: (prompt[10:11], 10)}, 14)
+    eager = executor.run(num_tokens, MAX_NUM_SEQS).clone()
+    assert torch.equal(executor.replay(num_tokens, MAX_NUM_SEQS, 1)[:2], eager[:2])
     assert executor.ledger.graphs_bytes >= 0
     with pytest.raises(
         KeyError, match="no CUDA graph of 3 tokens and 1 logits rows was captured; there are 16"

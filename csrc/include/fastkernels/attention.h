@@ -36,6 +36,7 @@ struct AttentionParams {
     const int64_t* tree_mask;  // [num_tokens]
 
     int64_t num_tokens, num_seqs;
+    int64_t max_query_len;                  // no sequence has more tokens of this step, says the caller; 0: unknown
     int64_t num_keys;                       // rows of k and v; paged: pages of the cache
     int64_t max_pages;                      // of a row of the page table
     int64_t q_token_stride, q_head_stride;  // elements

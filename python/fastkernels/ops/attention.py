@@ -135,6 +135,7 @@ def paged_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
+    max_query_len: int | None = None,
     plan: AttentionPlan | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -157,6 +158,9 @@ def paged_attention(
     tree_mask:    int64 [num_tokens], contiguous: token i of a sequence sees the new token j of that sequence
                   where bit j of its mask is set (its own too), and all older ones. Sequences of more than 64
                   new tokens stay causal. Without a window; on CUDA with q in bf16 or fp16
+    max_query_len: a promise that no sequence has more queries than this (1: a step of decodes). The kernels
+                  for longer ones are then not launched, nor captured in a CUDA graph, so that a sequence that
+                  breaks it may get no result. None promises nothing
     scale, window, soft_cap, plan, out, out_dtype: as in ``attention``
     Returns out. Accumulates in fp32; with a cache of bytes q is rounded to fp16, in which they are exact, and
     with q in e4m3 weights are rounded as in ``attention``; bitwise repeatable; safe in a CUDA graph.
@@ -196,6 +200,10 @@ def paged_attention(
         check_shape(op, "tree_mask", tree_mask, (q.shape[0],), "[num_tokens]")
         check_contiguous(op, tree_mask=tree_mask)
         require(window == 0, f"paged_attention: window is {window}, but a tree_mask takes none")
+    require(
+        max_query_len is None or max_query_len >= 1,
+        f"paged_attention: max_query_len is {max_query_len}, but the op takes 1 and more, or None",
+    )
     if q.device.type == "cuda" and (tree_mask is not None or kv_cache.dtype in BYTE_DTYPES):
         what = "a tree_mask" if tree_mask is not None else f"a cache of {dtype_name(kv_cache.dtype)}"
         require(
@@ -221,6 +229,11 @@ def paged_attention(
     if _debug():
         _debug_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _debug_pages(cu_seqlens_q, seq_lens, page_table, page_size, kv_cache.shape[0], window)
+        longest = int(cu_seqlens_q.cpu().diff().max()) if num_seqs else 0
+        require(
+            max_query_len is None or longest <= max_query_len,
+            f"paged_attention: a sequence has {longest} queries, but max_query_len is {max_query_len}",
+        )
     work_map, workspace = plan_for(
         op, plan, out, kv_cache.shape[2], cu_seqlens_q, None, seq_lens, window, True
     )
@@ -240,6 +253,7 @@ def paged_attention(
         v_scale,
         tree_mask,
         q_scale,
+        max_query_len or 0,
     )
     return out
 

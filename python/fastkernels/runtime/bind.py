@@ -63,12 +63,14 @@ def bind(
     outputs: list[Tensor],
     *,
     num_tokens: int,
+    max_query_len: int = 0,
     dtype: torch.dtype,
     products: Products,
 ) -> Call:
     """The call that runs ``step`` on these tensors, in the order of its inputs and outputs.
 
     num_tokens, dtype: of the step and of the model, which attention_plan needs and no tensor of its own tells
+    max_query_len: of the step, for paged_attention; 0 where any sequence may have any number of its tokens
     Raises CompileError for a step with an op that is none of BINDERS.
     """
     if step.op not in BINDERS:
@@ -80,7 +82,8 @@ def bind(
             streams = products.tactic(product, inputs) == STREAM
             return _gated(inputs, outputs, streams, products.call(product, inputs, out))
         return products.call(product, inputs, out)
-    return BINDERS[step.op](inputs, outputs, {**step.attributes, "num_tokens": num_tokens, "dtype": dtype})
+    of_the_step = {"num_tokens": num_tokens, "max_query_len": max_query_len, "dtype": dtype}
+    return BINDERS[step.op](inputs, outputs, {**step.attributes, **of_the_step})
 
 
 def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
@@ -206,6 +209,7 @@ def _paged_attention(inputs: list[Tensor], outputs: list[Tensor], attributes: At
         _fk.paged_attention.default,
         *(q, kv_cache, page_table, seq_lens, cu_seqlens_q, work_map, workspace),
         *(attributes["scale"], attributes["window"], attributes["soft_cap"], outputs[0], *scales),
+        max_query_len=attributes["max_query_len"],
     )
 
 

@@ -325,7 +325,10 @@ def build_engine(source: ModelSource, options: EngineConfig, progress: Progress 
         buckets = graph_buckets(options.max_num_tokens, options.max_num_seqs)
         for done, bucket in enumerate(reversed(buckets)):  # the largest first: smaller ones share its memory
             report("capturing CUDA graphs", done, len(buckets))
-            executor.capture(bucket, min(bucket, options.max_num_seqs))
+            num_logits = min(bucket, options.max_num_seqs)
+            executor.capture(bucket, num_logits)
+            if bucket == num_logits:  # also of decodes alone, which want fewer launches
+                executor.capture(bucket, num_logits, 1)
         report("capturing CUDA graphs", len(buckets), len(buckets))
     engine = Engine(
         executor,

@@ -1,4 +1,4 @@
-"""One CUDA graph per token bucket: a step of hundreds of launches replayed by one call."""
+"""One or two CUDA graphs per token bucket: a step of hundreds of launches replayed by one call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _WARM_UP_RUNS = 2  # loads kernels and lets cuBLAS set itself up, which cannot b
 
 
 class CudaGraphs:
-    """Captures and replays ``run(num_tokens, num_logits)``; on the CPU capturing does nothing and replaying
-    runs.
+    """Captures and replays ``run(num_tokens, num_logits, max_query_len)``; on the CPU capturing does nothing
+    and replaying runs.
 
     ``run`` reads what varies from device buffers at fixed addresses and writes into memory that is there
     before, so a graph replays any batch of its size. The graphs share one memory pool, which only cuBLAS
@@ -21,41 +21,47 @@ class CudaGraphs:
     replay is bitwise the eager run.
     """
 
-    def __init__(self, run: Callable[[int, int], Tensor], device: torch.device) -> None:
+    def __init__(self, run: Callable[[int, int, int], Tensor], device: torch.device) -> None:
         self._run = run
         self._device = device
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self.size_bytes = 0  # measured: how much less memory the device had free after the captures
 
-    def capture(self, num_tokens: int, num_logits: int) -> None:
-        if self._device.type != "cuda" or (num_tokens, num_logits) in self._graphs:
+    def capture(self, num_tokens: int, num_logits: int, max_query_len: int) -> None:
+        sizes = (num_tokens, num_logits, max_query_len)
+        if self._device.type != "cuda" or sizes in self._graphs:
             return
         with torch.cuda.device(self._device):
             if self._stream is None:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-            self._warm_up(self._stream, num_tokens, num_logits)
+            self._warm_up(self._stream, sizes)
             free_before, _ = torch.cuda.mem_get_info()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                logits = self._run(num_tokens, num_logits)
+                logits = self._run(*sizes)
             torch.cuda.synchronize()
             free_after, _ = torch.cuda.mem_get_info()
-        self._graphs[num_tokens, num_logits] = (graph, logits)
+        self._graphs[sizes] = (graph, logits)
         self.size_bytes += max(free_before - free_after, 0)
 
-    def replay(self, num_tokens: int, num_logits: int) -> Tensor:
+    def replay(self, num_tokens: int, num_logits: int, max_query_len: int) -> Tensor:
+        sizes = (num_tokens, num_logits, max_query_len)
         if self._device.type != "cuda":
-            return self._run(num_tokens, num_logits)
-        if (num_tokens, num_logits) not in self._graphs:
+            return self._run(*sizes)
+        if sizes not in self._graphs:
+            there = [
+                f"{tokens} and {rows}" for tokens, rows, longest in self._graphs if longest == max_query_len
+            ]
             raise KeyError(
-                f"no CUDA graph of {num_tokens} tokens and {num_logits} logits rows was captured; there are "
-                f"{', '.join(f'{tokens} and {rows}' for tokens, rows in self._graphs) or 'none'}"
+                f"no CUDA graph of {num_tokens} tokens and {num_logits} logits rows was captured"
+                f"{f' for sequences of up to {max_query_len}' if max_query_len else ''}; there are "
+                f"{', '.join(there) or 'none'}"
             )
-        graph, logits = self._graphs[num_tokens, num_logits]
+        graph, logits = self._graphs[sizes]
         graph.replay()
         return logits
 
@@ -65,11 +71,11 @@ class CudaGraphs:
         self._stream = self._pool = None
         self.size_bytes = 0
 
-    def _warm_up(self, stream: torch.cuda.Stream, num_tokens: int, num_logits: int) -> None:
+    def _warm_up(self, stream: torch.cuda.Stream, sizes: tuple[int, int, int]) -> None:
         """Beside the current stream: on the one that is captured next, whose cuBLAS handle is then ready."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
-                self._run(num_tokens, num_logits)
+                self._run(*sizes)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()

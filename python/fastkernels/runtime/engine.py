@@ -36,9 +36,9 @@ class StepExecutor(Protocol):
 
     inputs: StepBuffers
 
-    def run(self, num_tokens: int, num_logits: int) -> torch.Tensor: ...
+    def run(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> torch.Tensor: ...
 
-    def replay(self, num_tokens: int, num_logits: int) -> torch.Tensor: ...
+    def replay(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> torch.Tensor: ...
 
     def run_body(self, num_tokens: int) -> None: ...
 
@@ -315,11 +315,12 @@ class Engine:
         self._sampler.pack(rows, sample_steps)
         self._inputs.upload(pages)
         ran = time.perf_counter()
+        max_query_len = int(batch.decodes_only)  # 1, or 0: not told
         if replayed:
-            logits = self._executor.replay(padded, min(padded, self._inputs.max_num_seqs))
+            logits = self._executor.replay(padded, min(padded, self._inputs.max_num_seqs), max_query_len)
             self.stats.num_replays += 1
         else:
-            logits = self._executor.run(padded, num_logits)
+            logits = self._executor.run(padded, num_logits, max_query_len)
         step = self._sampler.launch(logits, num_logits, num_top) if num_logits else None
         in_model = 0.0 if self._asynchronous else time.perf_counter() - ran
         stats = self.stats

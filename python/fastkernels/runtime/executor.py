@@ -24,6 +24,7 @@ from fastkernels.runtime.step import StepBuffers
 
 _BOUND_SIZES = 64  # lists of calls that are kept, by size of the step: each holds a view a buffer
 
+_Size = TypeVar("_Size")
 _Bound = TypeVar("_Bound")
 
 
@@ -84,7 +85,7 @@ class Executor:
         self._attention_map, self._attention_workspace = self._attention_buffers()
         has_matmul = matmul_runs_on(self.device, dtype)
         self._products = Products(choices, matmul_workspace(self.device) if has_matmul else None)
-        self._bodies: OrderedDict[int, list[Call]] = OrderedDict()
+        self._bodies: OrderedDict[tuple[int, int], list[Call]] = OrderedDict()
         self._heads: OrderedDict[int, tuple[list[Call], Tensor]] = OrderedDict()
         self._graphs = CudaGraphs(self.run, self.device)
         if num_pages:
@@ -136,18 +137,19 @@ class Executor:
 
     # --- running ----------------------------------------------------------------------------------------
 
-    def run(self, num_tokens: int, num_logits: int) -> Tensor:
+    def run(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> Tensor:
         """One step on exactly num_tokens rows of ``inputs`` -> logits [num_logits, vocab_size], valid until
         the next
-        step. Padding rows have slot_mapping -1. num_logits may be 0."""
-        self.run_body(num_tokens)
+        step. Padding rows have slot_mapping -1. num_logits may be 0. max_query_len: no sequence has more
+        tokens in the step, which saves launches; 0: any may."""
+        self.run_body(num_tokens, max_query_len)
         return self.run_head(num_logits)
 
-    def run_body(self, num_tokens: int) -> None:
+    def run_body(self, num_tokens: int, max_query_len: int = 0) -> None:
         """The layers: hidden states of num_tokens rows, which stay in place for ``run_head``."""
-        calls = self._bodies.get(num_tokens)
+        calls = self._bodies.get((num_tokens, max_query_len))
         if calls is None:
-            calls = self._bind_body(num_tokens)
+            calls = self._bind_body(num_tokens, max_query_len)
         self._call(calls)
 
     def run_head(self, num_logits: int) -> Tensor:
@@ -162,7 +164,7 @@ class Executor:
             self._call(calls)
         return logits
 
-    def capture(self, num_tokens: int, num_logits: int) -> None:
+    def capture(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> None:
         """Records ``run`` of these sizes as a CUDA graph, once; does nothing on the CPU.
 
         Runs the step a few times first, on the contents of ``inputs`` but without writing to the KV cache.
@@ -171,15 +173,15 @@ class Executor:
             return
         slot_mapping = self.inputs.slot_mapping.clone()
         self.inputs.slot_mapping.fill_(-1)
-        self._graphs.capture(num_tokens, num_logits)
+        self._graphs.capture(num_tokens, num_logits, max_query_len)
         self.inputs.slot_mapping.copy_(slot_mapping)
 
-    def replay(self, num_tokens: int, num_logits: int) -> Tensor:
+    def replay(self, num_tokens: int, num_logits: int, max_query_len: int = 0) -> Tensor:
         """What ``run`` does, by the graph of these sizes; on the CPU, ``run`` itself.
 
         Raises KeyError where ``capture`` recorded none of these sizes.
         """
-        return self._graphs.replay(num_tokens, num_logits)
+        return self._graphs.replay(num_tokens, num_logits, max_query_len)
 
     def _call(self, calls: list[Call]) -> None:
         if self.dtype == torch.float32 and self.device.type == "cuda":
@@ -193,13 +195,13 @@ class Executor:
 
     # --- binding ----------------------------------------------------------------------------------------
 
-    def _bind_body(self, num_tokens: int) -> list[Call]:
+    def _bind_body(self, num_tokens: int, max_query_len: int) -> list[Call]:
         if not 1 <= num_tokens <= self.max_num_tokens:
             raise ValueError(f"num_tokens is {num_tokens}; this executor takes 1 to {self.max_num_tokens}")
         if not self.kv_caches:
             raise ValueError("the executor has no KV cache yet; call set_kv_cache(num_pages) first")
-        calls = self._bind(0, self.plan.head_start, num_tokens, 0)
-        return _remember(self._bodies, num_tokens, calls)
+        calls = self._bind(0, self.plan.head_start, num_tokens, 0, max_query_len)
+        return _remember(self._bodies, (num_tokens, max_query_len), calls)
 
     def _bind_head(self, num_logits: int) -> tuple[list[Call], Tensor]:
         """The head reads all the rows of tokens there could be, since logits_indices picks among them."""
@@ -210,7 +212,9 @@ class Executor:
         logits = self._tensor(plan.output, self.max_num_tokens, num_logits)
         return _remember(self._heads, num_logits, (calls, logits))
 
-    def _bind(self, begin: int, end: int, num_tokens: int, num_logits: int) -> list[Call]:
+    def _bind(
+        self, begin: int, end: int, num_tokens: int, num_logits: int, max_query_len: int = 0
+    ) -> list[Call]:
         calls: list[Call] = []
         for step in self.plan.steps[begin:end]:
             if step.op == "attention_plan" and self.device.type == "cpu":
@@ -223,6 +227,7 @@ class Executor:
                     inputs,
                     outputs,
                     num_tokens=num_tokens,
+                    max_query_len=max_query_len,
                     dtype=self.dtype,
                     products=self._products,
                 )
@@ -294,7 +299,7 @@ class Executor:
         self._graphs.clear()
 
 
-def _remember(bound: OrderedDict[int, _Bound], size: int, item: _Bound) -> _Bound:
+def _remember(bound: OrderedDict[_Size, _Bound], size: _Size, item: _Bound) -> _Bound:
     """Keeps ``item``, dropping the oldest when there are too many."""
     bound[size] = item
     if len(bound) > _BOUND_SIZES:
