@@ -74,17 +74,23 @@ def unpack(weight: ops.RepackedWeight) -> torch.Tensor:
     values = torch.zeros(tiles, 16, chunks, 128, dtype=torch.float64)
     for lane in range(32):
         g, t = divmod(lane, 4)
+        piece = 16 * (4 * g + (t ^ g // 2))
         for index in range(8):  # an operand of the mma: k of pair 0, and its 8 values
+            pair_2 = 2  # neighbours from pair 0 to pair 2
             if is_byte:
                 u, j = divmod(index, 2)
-                k, at = 32 * u + 8 * t + 4 * j, u * 512 + lane * 16 + j * 8
+                k, at = 32 * u + 8 * t + 4 * j, u * 512 + piece + j * 8
                 codes = units[..., at : at + 8]  # [row, low] of pairs 0 and 1, then of 2 and 3
                 of = [
                     (i, low, codes[..., i // 2 * 4 + low * 2 + i % 2]) for i in range(4) for low in range(2)
                 ]
             else:
                 u, word = divmod(index, 4)
-                k, at = 64 * u + 32 * (word // 2) + 8 * t + 4 * (word % 2), u * 512 + lane * 16 + word * 4
+                at = u * 512 + piece + word * 4
+                if name.startswith("int4"):
+                    k = 64 * u + 32 * (word % 2) + 8 * t + 4 * (word // 2)
+                else:
+                    k, pair_2 = 64 * u + 16 * t + 2 * word, 8
                 four = units[..., at : at + 4].long()
                 bits = four[..., 0] | four[..., 1] << 8 | four[..., 2] << 16 | four[..., 3] << 24
                 of = []
@@ -98,13 +104,13 @@ def unpack(weight: ops.RepackedWeight) -> torch.Tensor:
                             code = sum((half >> place & 1) << 3 - n for n, place in enumerate(places))
                         of.append((i, low, code))
             for i, low, code in of:
-                row, at_k = g + i % 2 * 8, k + i // 2 * 2 + low
-                values[:, row, :, at_k] = decode(name, units, code, row, at_k, t)
+                row, at_k = g + i % 2 * 8, k + i // 2 * pair_2 + low
+                values[:, row, :, at_k] = decode(name, units, code, row, at_k)
     whole = values.flatten(2).flatten(0, 1)[: weight.out_size, : weight.in_size]
     return whole * weight.row_factors.cpu().double()[:, None]
 
 
-def decode(name: str, units: torch.Tensor, code: torch.Tensor, row: int, k: int, t: int) -> torch.Tensor:
+def decode(name: str, units: torch.Tensor, code: torch.Tensor, row: int, k: int) -> torch.Tensor:
     scales, g, half = units[..., 2048 if name.startswith(("int8", "e4m3")) else 1024 :], row % 8, row // 8
     if name == "int8":
         return code.view(torch.int8).double()
@@ -125,11 +131,11 @@ def decode(name: str, units: torch.Tensor, code: torch.Tensor, row: int, k: int,
         return (code - zero) * scale
     magnitudes = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), dtype=torch.float64)
     value = magnitudes[code & 7] * (1 - 2 * (code >> 3)).double()
-    u, s = divmod(k // 32, 2)
+    u = k // 64
     if name == "nvfp4":
-        c = scales[..., ((u * 2 + t // 2) * 8 + g) * 4 + s * 2 + half].long()
+        c = scales[..., (u * 8 + g) * 8 + k % 64 // 16 * 2 + half].long()
         return value * torch.exp2((c >> 3).double() - 10) * (1 + (c & 7).double() / 8)
-    c = scales[..., (u * 8 + g) * 4 + s * 2 + half].double()
+    c = scales[..., (u * 8 + g) * 4 + k % 64 // 32 * 2 + half].double()
     return value * torch.where(c > 0, torch.exp2(c - 245), 0.0)
 
 
