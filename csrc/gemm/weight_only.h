@@ -7,7 +7,8 @@
 // g + 8:
 //   int4:   word 2 j + s of piece u is that of k = 64 u + 32 s + 8 t + 4 j: its four pairs are row g at k, row g + 8 at
 //           k, row g at k + 2, row g + 8 at k + 2; pair i in the nibbles 4 i and 4 i + 16 of the word
-//   e2m1:   word j of piece u is that of k = 64 u + 16 t + 2 j: row g at k, row g + 8 at k, row g at k + 8, row g + 8 at
+//   e2m1:   word j of piece u is that of k = 64 u + 16 t + 2 j: row g at k, row g + 8 at k, row g at k + 8, row g + 8
+//   at
 //           k + 8; the bits are in weight_only_unpack.cuh
 //   8 bits: words 2 j and 2 j + 1 of piece u are that of k = 32 u + 8 t + 4 j: two pairs a word, in the bytes row g at
 //           k, row g + 8 at k, row g at k + 1, row g + 8 at k + 1; the second word begins at k + 2

@@ -89,8 +89,8 @@ struct Int4 {
         if constexpr (kZeros) {
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-                x.scales[s] = word_at<uint16_t>(unit + 1024 + kGroups * 32 + (half * 2 + s) / kScaleSteps * 16 +
-                                                order.g * 2);
+                x.scales[s] =
+                    word_at<uint16_t>(unit + 1024 + kGroups * 32 + (half * 2 + s) / kScaleSteps * 16 + order.g * 2);
             }
         }
     }

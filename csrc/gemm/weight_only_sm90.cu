@@ -1,11 +1,10 @@
 // The launcher of weight_only_sm90: the tensor map, the schedule, and the rule that chooses.
-#include "gemm/weight_only_sm90.h"
-
 #include <algorithm>
 
 #include "common/dtype.cuh"
 #include "common/ptx/tma.cuh"
 #include "gemm/weight_only.h"
+#include "gemm/weight_only_sm90.h"
 
 namespace fastkernels {
 namespace {
@@ -21,8 +20,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Who takes which tiles. Blocks take whole rounds of them; what is left is shared out, a tile a cluster, if there are as
-// many clusters. in_time: rounds, as long as they take.
+// Who takes which tiles. Blocks take whole rounds of them; what is left is shared out, a tile a cluster, if there are
+// as many clusters. in_time: rounds, as long as they take.
 struct Rounds {
     int64_t row_tiles, token_tiles, whole_tiles, blocks;
     int cluster;
@@ -37,11 +36,12 @@ Rounds rounds_of(const WeightOnlyParams& p, const WeightOnlyTile& tile, int sms)
     const bool enough_chunks = ceil_div(p.in_size, kUnitSize) >= tile.cluster;
     const int64_t whole = blocks > 0 ? tiles / blocks : 0, rest = tiles - whole * blocks;
     // Clusters of 3 do not all fit the GPU at once, and so do not go round.
-    const bool shares = tile.cluster > 1 && enough_chunks && rest > 0 && rest <= clusters &&
-                        (whole == 0 || tile.cluster == 2);
+    const bool shares =
+        tile.cluster > 1 && enough_chunks && rest > 0 && rest <= clusters && (whole == 0 || tile.cluster == 2);
     if (shares) {
-        return {row_tiles, token_tiles, whole * blocks, whole == 0 ? rest * tile.cluster : blocks, tile.cluster,
-                static_cast<double>(whole) + 1.0 / tile.cluster};
+        return {row_tiles,      token_tiles,
+                whole * blocks, whole == 0 ? rest * tile.cluster : blocks,
+                tile.cluster,   static_cast<double>(whole) + 1.0 / tile.cluster};
     }
     const int64_t all = std::min<int64_t>(tiles, sms);
     return {row_tiles, token_tiles, tiles, all, 1, static_cast<double>(ceil_div(tiles, all))};

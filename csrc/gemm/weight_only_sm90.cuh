@@ -1,4 +1,5 @@
-// out = x W^T + bias with W in 4 or 8 bits and x as it is, on Hopper: TMA, and wgmma with W as the operand in registers.
+// out = x W^T + bias with W in 4 or 8 bits and x as it is, on Hopper: TMA, and wgmma with W as the operand in
+// registers.
 //
 //   x [num_tokens, K]   W in units of 16 rows x 128 (weight_only.h)   bias [N]   out [num_tokens, N]   bf16 | fp16
 //
@@ -219,11 +220,6 @@ struct WeightTileConsumer {
     __device__ __forceinline__ void wait_full() const {
         mbarrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
     }
-    // Passes at once. Left without a branch here, the compiler puts the unpacking in the middle of the wgmmas before it,
-    // and the tensor cores wait.
-    __device__ __forceinline__ void keep_order(int slot, uint32_t parity) const {
-        mbarrier_wait(shared_address(&shared.full[slot]), parity);
-    }
 
     __device__ __forceinline__ void release(int slot) const {
         if (lane == 0) {
@@ -281,7 +277,7 @@ struct WeightTileConsumer {
         }
         while (i < num_chunks) {
             const int slot = ring.slot, next = min(i + Shape::kTeams, num_chunks);
-            const uint32_t parity = ring.parity;
+            const uint32_t full = shared_address(&shared.full[slot]), parity = ring.parity;
             float2 scale[8 / kPart];
 #pragma unroll
             for (int of = 0; of < 8 / kPart; ++of) {
@@ -289,33 +285,41 @@ struct WeightTileConsumer {
             }
             ring.advance(next - i);
             i = next;
+            const auto unpack_odd = [&] {
+                // Passes at once. Without a branch here the compiler puts the unpacking in the middle of the wgmmas
+                // before it, and the tensor cores wait.
+                mbarrier_wait(full, parity);
+                unpack(odd, slot, 1);
+            };
             const auto unpack_next = [&] {
                 if (i < num_chunks) {
                     wait_full();
                     unpack(even, ring.slot, 0);
                 }
             };
-            const auto finish = [&](float2 of) {
+            const auto await_part = [&] {
                 wgmma_wait<0>();
                 wgmma_hold(part);
+            };
+            const auto finish = [&](float2 of) {
+                await_part();
                 add(sum, part, of);
             };
             if constexpr (kPart == 8) {
                 issue<0, 4, true>(part, even, slot, 0);
-                keep_order(slot, parity);
-                unpack(odd, slot, 1);
+                unpack_odd();
                 issue<0, 4, false>(part, odd, slot, 1);
                 wgmma_wait<1>();
                 unpack_next();
             } else if constexpr (kPart == 4) {
                 issue<0, 4, true>(part, even, slot, 0);
-                unpack(odd, slot, 1);
+                unpack_odd();
                 finish(scale[0]);
                 issue<0, 4, true>(part, odd, slot, 1);
                 unpack_next();
             } else {
                 issue<0, 2, true>(part, even, slot, 0);
-                unpack(odd, slot, 1);
+                unpack_odd();
                 finish(scale[0]);
                 issue<2, 4, true>(part, even, slot, 0);
                 finish(scale[1]);
@@ -324,8 +328,7 @@ struct WeightTileConsumer {
                 finish(scale[2]);
                 issue<2, 4, true>(part, odd, slot, 1);
             }
-            wgmma_wait<0>();
-            wgmma_hold(part);
+            await_part();
             release(slot);
             add(sum, part, scale[8 / kPart - 1]);
         }
@@ -500,14 +503,9 @@ __global__ void __launch_bounds__(WeightTileShape<F, kN>::kThreads, 1)
         const int lane = threadIdx.x % 32;
         InOrder order = in_order(lane, F::kIsInt4);
         wgmma_hold(order.piece);  // or the compiler works it out anew for every chunk
-        WeightTileConsumer<T, F, kN>{args,
-                                     shared,
-                                     (warpgroup - 1) / 2,
-                                     (warpgroup - 1) % 2,
-                                     static_cast<int>(threadIdx.x / 32 % 4),
-                                     lane,
-                                     order,
-                                     {}}
+        WeightTileConsumer<T, F, kN>{
+            args,  shared, (warpgroup - 1) / 2, (warpgroup - 1) % 2, static_cast<int>(threadIdx.x / 32 % 4), lane,
+            order, {}}
             .run();
     }
     if (shares_tile(args)) {

@@ -35,8 +35,8 @@ PACKED_FORMATS: dict[str, int] = {
     "nvfp4": 128,
     "mxfp4": 64,
 }
-# (tokens of a tile, blocks that share what is no whole round): the tactics of the kernel for more tokens, after
-# those of the one for few. In the order of kWeightOnlyTiles in csrc/gemm/weight_only_sm90.h
+# Tokens of a tile, and blocks that share what is no whole round: the tactics of the kernel for more tokens,
+# after those of the one for few, in the order of kWeightOnlyTiles in csrc/gemm/weight_only_sm90.h
 WEIGHT_ONLY_TILES = tuple((tokens, blocks) for tokens in (16, 32, 64, 128) for blocks in (1, 2, 3))
 WEIGHT_ONLY_FEW_TACTICS = 2
 WEIGHT_ONLY_TACTICS = WEIGHT_ONLY_FEW_TACTICS + len(WEIGHT_ONLY_TILES)
@@ -160,8 +160,8 @@ def weight_only_linear(
     constant_weight: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is: few tokens at the speed of reading W, many on
-    Hopper at that of its tensor cores.
+    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is: few tokens at the speed of reading W, many
+    on Hopper at that of its tensor cores.
 
     x:      [num_tokens, in_size] bf16 | fp16; last dimension contiguous, rows begin on 16 bytes, in_size a
             multiple of 8 up to 131072
@@ -173,8 +173,8 @@ def weight_only_linear(
             first units are then read while the kernel before this one ends
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
     Returns out. Weights are exact in registers, sums in fp32, rounded once; bitwise repeatable; with a
-    given tactic a token's result does not depend on the others, as long as there are no more than 8, 16, 32 or
-    64 (few), or than fill a tile; safe in a CUDA graph.
+    given tactic a token's result does not depend on the others, as long as there are no more than 8, 16, 32
+    or 64 (few), or than fill a tile; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernels: csrc/gemm/weight_only.cuh, weight_only_sm90.cuh
     """
@@ -239,7 +239,7 @@ def _codes(packed: Tensor) -> Tensor:
 
 
 def _as_pieces(values: Tensor) -> Tensor:
-    """[tiles, chunk, u, 8 (g), 4 (t), ...] -> [tiles, chunk, bytes], with the lane of g, t where t ^ g / 2 is."""
+    """[tiles, chunk, u, 8 (g), 4 (t), ...] -> [tiles, chunk, bytes]; the lane of g, t is at t ^ g / 2."""
     lane = torch.arange(32, device=values.device)
     place = lane ^ lane // 8  # its own inverse
     return _as_bytes(values.flatten(3, 4)[:, :, :, place])
@@ -300,7 +300,9 @@ def _e2m1(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         factors = torch.exp2(largest[:, 0].double() - 127)
         by_block = _whole(bits, whole // 32).unflatten(3, (-1, 2, 2)).permute(0, 3, 4, 2, 5, 1)
     split = _whole(codes, whole).unflatten(3, (-1, 2, 4, 2, 4, 2))  # chunk u t p j low
-    split = split.permute(0, 3, 4, 2, 5, 7, 8, 6, 1)  # tiles chunk u g t j low p half: pair 2 p + half of a half word
+    split = split.permute(
+        0, 3, 4, 2, 5, 7, 8, 6, 1
+    )  # tiles chunk u g t j low p half: pair 2 p + half of a half word
     table = torch.tensor(
         [
             [sum(1 << bit for place, bit in enumerate(bits) if code >> (3 - place) & 1) for code in range(16)]
