@@ -79,7 +79,8 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
         return
     for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
         first = scheme == WEIGHT_ONLY[0]
-        for num_tokens in (1, 16) if quick else (1, 16, 64, 128, 512, 2048) if first else (1,):
+        most = (1, 16, 32, 64, 128, 512, 2048) if first else (1, 64, 512)
+        for num_tokens in (1, 16) if quick else most:
             products = list(_products(shapes).items())[: 5 if first and num_tokens < 64 else 4]
             for name, (out_size, in_size) in products:
                 yield _weight_only_case(scheme, name, num_tokens, out_size, in_size, shapes.dtype, device)

@@ -1,6 +1,7 @@
 // Weights in 4 and 8 bits with x as it is: what is taken, and which file has the format.
 #include "common/launch.h"
 #include "gemm/weight_only.h"
+#include "gemm/weight_only_sm90.h"
 
 namespace fastkernels {
 
@@ -18,6 +19,12 @@ void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
         "weight_only_linear: x and packed must be aligned to 16 bytes, and in_size and the stride of x multiples of 8");
     check(p.tactic >= 0 && p.tactic <= kWeightOnlyTactics, "weight_only_linear: tactic is ", p.tactic,
           ", but there are 1 to ", kWeightOnlyTactics, ", and 0 chooses");
+    const int tactic = p.tactic > 0 || !weight_only_sm90_runs() ? p.tactic : weight_only_sm90_tactic(p);
+    if (tactic > kWeightOnlyFewTactics) {
+        check(weight_only_sm90_runs(), "weight_only_linear: tactic is ", tactic, ", but those from ",
+              kWeightOnlyFewTactics + 1, " on are for Hopper GPUs (sm_90a), and for builds with its architecture");
+        return weight_only_sm90(p, kWeightOnlyTiles[tactic - kWeightOnlyFewTactics - 1], stream);
+    }
     switch (p.format) {
         case PackedFormat::int4_g128:
         case PackedFormat::int4_g64:

@@ -29,98 +29,13 @@
 #include "common/ptx/mma.cuh"
 #include "common/ptx/pdl.cuh"
 #include "gemm/weight_only.h"
-#include "gemm/weight_only_unpack.cuh"
+#include "gemm/weight_only_formats.cuh"
 
 namespace fastkernels {
 namespace {
 
 constexpr int kWeightWarps = 8;
 constexpr int kWeightThreads = kWeightWarps * 32;
-
-// --- Formats: how a lane makes operands of a unit, and which of its sums a scale multiplies --------------------------
-
-// Words of one tile that a step of 32 along K needs: 4 bits, 2 of the 4 that lie together; 8 bits, all 4.
-// kScaleSteps: steps that share a scale of fp32 sums; 0: there is none.
-template <int kGroup, bool kZeros>
-struct Int4 {
-    static constexpr int kPieces = 2;
-    static constexpr int kGroups = kUnitSize / kGroup;
-    static constexpr int kScaleBytes = kGroups * (kZeros ? 48 : 32);
-    static constexpr int kScaleSteps = kGroup / 32;
-    template <typename T>
-    static constexpr float kLeftOut = 1.0f;
-
-    template <typename T>
-    FK_HOST_DEVICE static void prepare(uint32_t (&zero)[2], const char* scales, int step, int g, int t) {
-        zero[0] = zero[1] = kEight<T>;
-        if constexpr (kZeros) {
-            const uint32_t zeros =
-                *reinterpret_cast<const uint16_t*>(scales + kGroups * 32 + step / kScaleSteps * 16 + g * 2);
-            zero[0] = int4_zero<T, 0>(zeros);
-            zero[1] = int4_zero<T, 1>(zeros);
-        }
-    }
-    template <typename T>
-    FK_HOST_DEVICE static void unpack(const uint4& piece, int step, int j, const uint32_t (&zero)[2],
-                                      uint32_t (&a)[4]) {
-        const uint32_t low = j == 0 ? piece.x : piece.y, high = j == 0 ? piece.z : piece.w;
-        unpack_int4<T>(step % 2 == 0 ? low : high, zero, a);
-    }
-    FK_HOST_DEVICE static float2 scale(const char* scales, int group, int g) {
-        return __half22float2(*reinterpret_cast<const __half2*>(scales + group * 32 + g * 4));
-    }
-};
-
-template <int kBlock>
-struct E2m1 {
-    static constexpr int kPieces = 2;
-    static constexpr int kScaleBytes = kBlock == 16 ? 128 : 64;
-    static constexpr int kScaleSteps = 0;
-    template <typename T>
-    static constexpr float kLeftOut = kE2m1LeftOut<T>;
-
-    template <typename T>
-    FK_HOST_DEVICE static void prepare(uint32_t (&scale)[2], const char* scales, int step, int g, int t) {
-        const int at = kBlock == 16 ? (step / 2 * 2 + t / 2) * 32 : step / 2 * 32;
-        const uint32_t codes = *reinterpret_cast<const uint32_t*>(scales + at + g * 4);
-        scale[0] = e2m1_scale<T, kBlock>(codes, step % 2 * 2);
-        scale[1] = e2m1_scale<T, kBlock>(codes, step % 2 * 2 + 1);
-    }
-    template <typename T>
-    FK_HOST_DEVICE static void unpack(const uint4& piece, int step, int j, const uint32_t (&scale)[2],
-                                      uint32_t (&a)[4]) {
-        const uint32_t low = j == 0 ? piece.x : piece.y, high = j == 0 ? piece.z : piece.w;
-        unpack_e2m1<T>(step % 2 == 0 ? low : high, scale, a);
-    }
-};
-
-template <bool kIsInt8, bool kByBlock = false>
-struct Byte {
-    static constexpr int kPieces = 4;
-    static constexpr int kScaleBytes = kByBlock ? 16 : 0;
-    static constexpr int kScaleSteps = kByBlock ? 4 : 0;
-    template <typename T>
-    static constexpr float kLeftOut = kIsInt8 ? 1.0f : kE4m3LeftOut<T>;
-
-    template <typename T>
-    FK_HOST_DEVICE static void prepare(uint32_t (&)[2], const char*, int, int, int) {
-    }
-    template <typename T>
-    FK_HOST_DEVICE static void unpack(const uint4& piece, int, int j, const uint32_t (&)[2], uint32_t (&a)[4]) {
-        const uint32_t low = j == 0 ? piece.x : piece.z, high = j == 0 ? piece.y : piece.w;
-        if constexpr (kIsInt8) {
-            unpack_int8<T>(low, a[0], a[1]);
-            unpack_int8<T>(high, a[2], a[3]);
-        } else {
-            unpack_e4m3<T>(low, a[0], a[1]);
-            unpack_e4m3<T>(high, a[2], a[3]);
-        }
-    }
-    FK_HOST_DEVICE static float2 scale(const char* scales, int, int) {
-        const float one = *reinterpret_cast<const float*>(scales);
-        return {one, one};
-    }
-};
 
 // --- The kernel ------------------------------------------------------------------------------------------------------
 
@@ -147,6 +62,11 @@ struct WeightOnlyArgs {
     int num_stages, num_clusters;
 };
 
+// The words of a piece, by an index that is known when it is compiled.
+__device__ __forceinline__ uint32_t word_of(const uint4& piece, int index) {
+    return index == 0 ? piece.x : index == 1 ? piece.y : index == 2 ? piece.z : piece.w;
+}
+
 template <typename T, typename F>
 __device__ __forceinline__ void store_sum(const WeightOnlyParams& p, float sum, int64_t token, bool valid, int64_t tile,
                                           int row) {
@@ -167,12 +87,12 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
     // The tokens are read a whole item ahead where there are registers for it, else one step of 32 along K or none.
     constexpr bool kWholeUnits = F::kScaleSteps == 0 || F::kScaleSteps == 4;
     constexpr bool kItemAhead = kTokenTiles <= 2 && kTokenTiles * kRowTiles <= (kWholeUnits ? 16 : 8);
-    constexpr bool kStepAhead = !kItemAhead && (kTokenTiles <= 4 || !kHasSums);
-    constexpr int kAhead = kItemAhead ? 4 : 1;
+    constexpr bool kStepAhead = !kItemAhead && F::kTokenSteps == 1 && (kTokenTiles <= 4 || !kHasSums);
+    constexpr int kAhead = kItemAhead ? 4 : F::kTokenSteps;
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int num_stages = args.num_stages, in_size = static_cast<int>(p.in_size);
+    const int my_piece = piece_of_lane(g, t), num_stages = args.num_stages, in_size = static_cast<int>(p.in_size);
 
     // This block's tiles of 16 rows, in groups, and its chunks of K.
     const int rank = cluster_rank(), splits = cluster_size(), cluster = static_cast<int>(blockIdx.x) / splits;
@@ -271,8 +191,9 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
     // --- The tokens: those past the end repeat the last one and are not written. Past the end of K, where W is zero,
     // the last elements are read again: they are in the sum already, should they be NaN
     // ----------------------------------
-    const T* x = static_cast<const T*>(p.x) + first_token * p.x_token_stride + t * 8;
-    const int last_k = in_size - 8 - t * 8;
+    constexpr int kLaneSize = F::kTokenSteps * 8;  // neighbours of a lane that lie together
+    const T* x = static_cast<const T*>(p.x) + first_token * p.x_token_stride + t * kLaneSize;
+    const int last_k = in_size - 8 - t * kLaneSize;
     int token_offset[kTokenTiles];  // fits: num_tokens - 1 tokens of an x that is not wider than 2^24
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
@@ -280,7 +201,8 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
     }
     uint4 tokens[kAhead][kTokenTiles];
     const auto load_tokens = [&](uint4(&to)[kTokenTiles], int chunk, int step) {
-        const int k = min((first_chunk + chunk) * kUnitSize + step * 32, last_k);
+        const int within = step / F::kTokenSteps * (kLaneSize * 4) + step % F::kTokenSteps * 8;
+        const int k = min((first_chunk + chunk) * kUnitSize + within, last_k);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
             to[n] = load_16_here(x + (token_offset[n] + k));
@@ -288,7 +210,7 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
     };
 
     Item item = first;
-    if (item.group < num_groups) {
+    if ((kItemAhead || kStepAhead) && item.group < num_groups) {
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) {
             load_tokens(tokens[s], item.chunk, s);
@@ -323,15 +245,19 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
                 if constexpr (kStepAhead) {
                     load_tokens(coming[0], s < 3 ? item.chunk : chunk_after, (s + 1) % 4);
                 } else if constexpr (!kItemAhead) {
-                    load_tokens(tokens[0], item.chunk, s);
+                    if (s % kAhead == 0) {
+#pragma unroll
+                        for (int i = 0; i < kAhead; ++i) {
+                            load_tokens(tokens[i], item.chunk, s + i);
+                        }
+                    }
                 }
-                const uint4(&b)[kTokenTiles] = tokens[s % kAhead];
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r) {
                     const char* unit = stage + r * Shape::kUnitBytes;
                     const char* scales = unit + Shape::kDataBytes;
                     if (F::kPieces == 4 || s % 2 == 0) {
-                        piece[r] = *reinterpret_cast<const uint4*>(unit + s * F::kPieces / 4 * 512 + lane * 16);
+                        piece[r] = *reinterpret_cast<const uint4*>(unit + s * F::kPieces / 4 * 512 + my_piece);
                     }
                     uint32_t row_pair[2];
                     F::template prepare<T>(row_pair, scales, s, g, t);
@@ -341,7 +267,14 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
                         F::template unpack<T>(piece[r], s, j, row_pair, a);
 #pragma unroll
                         for (int n = 0; n < kTokenTiles; ++n) {
-                            const uint32_t b0 = j == 0 ? b[n].x : b[n].z, b1 = j == 0 ? b[n].y : b[n].w;
+                            uint32_t b0, b1;
+                            if constexpr (F::kTokenSteps == 1) {
+                                b0 = word_of(tokens[s % kAhead][n], j * 2);
+                                b1 = word_of(tokens[s % kAhead][n], j * 2 + 1);
+                            } else {
+                                b0 = word_of(tokens[s / 2 * 2 % kAhead][n], s % 2 * 2 + j);
+                                b1 = word_of(tokens[(s / 2 * 2 + 1) % kAhead][n], s % 2 * 2 + j);
+                            }
                             if constexpr (kHasSums) {
                                 mma_m16n8k16<T>(part[r][n], a, b0, b1);
                             } else {

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastkernels import ops
 from fastkernels.compiler import compile_model
 from fastkernels.compiler.tune import (
     BUCKETS,
@@ -84,6 +85,16 @@ def test_tiles_are_those_of_the_kernel():
     assert f"kNumMatmulTactics = {NUM_MATMUL_TACTICS};" in (CSRC / "include/fastkernels/gemm.h").read_text()
 
 
+def test_tiles_of_repacked_weights_are_those_of_the_kernel():
+    source = (CSRC / "gemm" / "weight_only_sm90.h").read_text()
+    table = source.partition("kWeightOnlyTiles[] = {")[2].partition("};")[0]
+    found = re.findall(r"\{(\d+), (\d+)\}", table)
+    assert [(int(tokens), int(blocks)) for tokens, blocks in found] == list(ops.WEIGHT_ONLY_TILES)
+    header = (CSRC / "include/fastkernels/gemm.h").read_text()
+    assert f"kWeightOnlyFewTactics = {ops.WEIGHT_ONLY_FEW_TACTICS};" in header
+    assert f"kWeightOnlyTactics = {ops.WEIGHT_ONLY_TACTICS};" in header
+
+
 def test_buckets():
     assert [bucket_of(n) for n in (0, 1, 2, 3, 9, 17, 33, 8192, 10**6)] == [
         1,
@@ -147,8 +158,20 @@ def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
 def test_tactics_by_name():
     for tactic in (TORCH, STREAM, Tactic("matmul", -1), Tactic("weight_only_linear", 2)):
         assert Tactic.parse(str(tactic)) == tactic
-    two = [Tactic("weight_only_linear", number) for number in (1, 2)]
-    assert tactics_of(INT4, 8, HOPPER) == two and tactics_of(INT4, 8, AMPERE) == two[:1]
+
+
+def test_tactics_of_repacked_weights():
+    def numbers(num_tokens: int, capability: tuple[int, int]) -> list[int | None]:
+        return [tactic.number for tactic in tactics_of(INT4, num_tokens, capability)]
+
+    few, tiles = [1, 2], list(range(3, ops.WEIGHT_ONLY_TACTICS + 1))
+    assert [tokens for tokens, _ in ops.WEIGHT_ONLY_TILES[::3]] == [16, 32, 64, 128]
+    assert numbers(8, AMPERE) == numbers(8192, AMPERE) == few[:1]
+    assert numbers(8, (10, 0)) == few, "tiles are for Hopper"
+    assert numbers(16, HOPPER) == few + tiles[:3]
+    assert numbers(24, HOPPER) == few + tiles[3:6]
+    assert numbers(48, HOPPER) == tiles[6:9]
+    assert numbers(128, HOPPER) == numbers(8192, HOPPER) == tiles[9:]
 
 
 def test_products_of_a_plan():

@@ -1,5 +1,7 @@
 """weight_only_linear against float64 of the same weights, and the layout of its weights."""
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from tests.ops.test_quantized_linear import operands as operands_of
 from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 
 on_cuda = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+on_hopper = pytest.mark.skipif(
+    CUDA_REASON is not None or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
 
 # format -> name in LAYOUTS
 FORMATS = {
@@ -40,7 +45,7 @@ LAYOUTS: Schemes = {
     "fp8-block-128": ("e4m3", 128, 128, torch.float32, False, None),
 }
 DTYPES = [torch.bfloat16, torch.float16]
-TOKENS = [0, 1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200]
+TOKENS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 200, 1000]
 SIZES = [  # out_size, in_size: tails of 16 rows and of 128 neighbours, fewer chunks than warps
     (1, 128),
     (17, 256),
@@ -74,17 +79,23 @@ def unpack(weight: ops.RepackedWeight) -> torch.Tensor:
     values = torch.zeros(tiles, 16, chunks, 128, dtype=torch.float64)
     for lane in range(32):
         g, t = divmod(lane, 4)
+        piece = 16 * (4 * g + (t ^ g // 2))
         for index in range(8):  # an operand of the mma: k of pair 0, and its 8 values
+            pair_2 = 2  # neighbours from pair 0 to pair 2
             if is_byte:
                 u, j = divmod(index, 2)
-                k, at = 32 * u + 8 * t + 4 * j, u * 512 + lane * 16 + j * 8
+                k, at = 32 * u + 8 * t + 4 * j, u * 512 + piece + j * 8
                 codes = units[..., at : at + 8]  # [row, low] of pairs 0 and 1, then of 2 and 3
                 of = [
                     (i, low, codes[..., i // 2 * 4 + low * 2 + i % 2]) for i in range(4) for low in range(2)
                 ]
             else:
                 u, word = divmod(index, 4)
-                k, at = 64 * u + 32 * (word // 2) + 8 * t + 4 * (word % 2), u * 512 + lane * 16 + word * 4
+                at = u * 512 + piece + word * 4
+                if name.startswith("int4"):
+                    k = 64 * u + 32 * (word % 2) + 8 * t + 4 * (word // 2)
+                else:
+                    k, pair_2 = 64 * u + 16 * t + 2 * word, 8
                 four = units[..., at : at + 4].long()
                 bits = four[..., 0] | four[..., 1] << 8 | four[..., 2] << 16 | four[..., 3] << 24
                 of = []
@@ -98,13 +109,13 @@ def unpack(weight: ops.RepackedWeight) -> torch.Tensor:
                             code = sum((half >> place & 1) << 3 - n for n, place in enumerate(places))
                         of.append((i, low, code))
             for i, low, code in of:
-                row, at_k = g + i % 2 * 8, k + i // 2 * 2 + low
-                values[:, row, :, at_k] = decode(name, units, code, row, at_k, t)
+                row, at_k = g + i % 2 * 8, k + i // 2 * pair_2 + low
+                values[:, row, :, at_k] = decode(name, units, code, row, at_k)
     whole = values.flatten(2).flatten(0, 1)[: weight.out_size, : weight.in_size]
     return whole * weight.row_factors.cpu().double()[:, None]
 
 
-def decode(name: str, units: torch.Tensor, code: torch.Tensor, row: int, k: int, t: int) -> torch.Tensor:
+def decode(name: str, units: torch.Tensor, code: torch.Tensor, row: int, k: int) -> torch.Tensor:
     scales, g, half = units[..., 2048 if name.startswith(("int8", "e4m3")) else 1024 :], row % 8, row // 8
     if name == "int8":
         return code.view(torch.int8).double()
@@ -125,11 +136,11 @@ def decode(name: str, units: torch.Tensor, code: torch.Tensor, row: int, k: int,
         return (code - zero) * scale
     magnitudes = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), dtype=torch.float64)
     value = magnitudes[code & 7] * (1 - 2 * (code >> 3)).double()
-    u, s = divmod(k // 32, 2)
+    u = k // 64
     if name == "nvfp4":
-        c = scales[..., ((u * 2 + t // 2) * 8 + g) * 4 + s * 2 + half].long()
+        c = scales[..., (u * 8 + g) * 8 + k % 64 // 16 * 2 + half].long()
         return value * torch.exp2((c >> 3).double() - 10) * (1 + (c & 7).double() / 8)
-    c = scales[..., (u * 8 + g) * 4 + s * 2 + half].double()
+    c = scales[..., (u * 8 + g) * 4 + k % 64 // 32 * 2 + half].double()
     return value * torch.where(c > 0, torch.exp2(c - 245), 0.0)
 
 
@@ -198,17 +209,34 @@ def moved(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
 
 
-def check(given: dict[str, Any], weight: ops.RepackedWeight, tactic: int) -> None:
-    """given: on the CPU."""
-    x, bias = given["x"].cuda(), None if given["bias"] is None else given["bias"].cuda()
-    out = poisoned(len(x), weight.out_size, dtype=x.dtype, device="cuda")
-    assert ops.weight_only_linear(x, weight, bias, tactic=tactic, out=out) is out
-    exact = reference.quantized_linear(**given)
-    plain = reference.quantized_linear(**given, dtype=torch.float32).to(x.dtype)
-    assert_as_good_as_torch(out.cpu(), plain, exact)
-    assert_similar(out.cpu(), exact, 1e-5)
-    again = ops.weight_only_linear(x, weight, bias, tactic=tactic, constant_weight=True)
-    assert torch.equal(out, again), "two runs differ"
+@cache
+def prepared(
+    name: str, num_tokens: int, out_size: int, in_size: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], ops.RepackedWeight, torch.Tensor, torch.Tensor]:
+    """Operands on the CPU, the weight on the GPU, and what is expected without bias: float64 and fp32."""
+    given = operands(FORMATS[name], num_tokens, out_size, in_size, dtype)
+    plain = {**given, "bias": None}
+    exact = reference.quantized_linear(**plain)
+    return given, repack(moved(given)), exact, reference.quantized_linear(**plain, dtype=torch.float32)
+
+
+def check(
+    name: str, tokens: Sequence[int], out_size: int, in_size: int, dtype: torch.dtype, tactic: int
+) -> None:
+    """tokens: how many of them, one call after the other; odd ones with a bias."""
+    given, weight, exact, plain = prepared(name, max(tokens), out_size, in_size, dtype)
+    for num_tokens in tokens:
+        x, bias = given["x"][:num_tokens].cuda(), given["bias"] if num_tokens % 2 else None
+        moved_bias = None if bias is None else bias.cuda()
+        out = poisoned(num_tokens, out_size, dtype=dtype, device="cuda")
+        assert ops.weight_only_linear(x, weight, moved_bias, tactic=tactic, out=out) is out
+        of_exact, of_plain = exact[:num_tokens], plain[:num_tokens]
+        if bias is not None:
+            of_exact, of_plain = of_exact + bias.double(), of_plain + bias.float()
+        assert_as_good_as_torch(out.cpu(), of_plain.to(dtype), of_exact)
+        assert_similar(out.cpu(), of_exact, 1e-5)
+        again = ops.weight_only_linear(x, weight, moved_bias, tactic=tactic, constant_weight=True)
+        assert torch.equal(out, again), "two runs differ"
 
 
 @on_cuda
@@ -216,29 +244,26 @@ def check(given: dict[str, Any], weight: ops.RepackedWeight, tactic: int) -> Non
 @pytest.mark.parametrize("name", FORMATS)
 def test_matches_reference(name, dtype):
     for out_size, in_size in SIZES + TAILS:
-        if not takes(name, in_size):
-            continue
-        given = operands(FORMATS[name], max(TOKENS), out_size, in_size, dtype)
-        weight = repack(moved(given))
-        x, bias = given["x"], given["bias"]
-        for num_tokens in TOKENS:
-            given["x"], given["bias"] = x[:num_tokens], bias if num_tokens % 2 else None
-            check(given, weight, 0)
+        if takes(name, in_size):
+            check(name, TOKENS, out_size, in_size, dtype, 0)
 
 
 @on_cuda
 @pytest.mark.parametrize("tactic", range(1, ops.WEIGHT_ONLY_TACTICS + 1))
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_tactic(name, tactic):
+    if tactic > ops.WEIGHT_ONLY_FEW_TACTICS and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this kernel is for Hopper")
     for out_size, in_size in (SIZES[3], MANY_ROWS, SIZES[0]):
-        if not takes(name, in_size):
-            continue
-        given = operands(FORMATS[name], 33, out_size, in_size, torch.bfloat16)
-        weight = repack(moved(given))
-        x = given["x"]
-        for num_tokens in (1, 8, 13, 33):
-            given["x"] = x[:num_tokens]
-            check(given, weight, tactic)
+        if takes(name, in_size):
+            check(name, (1, 8, 13, 33, 129), out_size, in_size, torch.bfloat16, tactic)
+
+
+@on_hopper
+@pytest.mark.parametrize("tactic", [3, 12, 13])
+def test_whole_rounds_and_what_is_left(tactic):
+    """More tiles than SMs, so that a block takes several; the last are shared by clusters (tactic 13)."""
+    check("int4-g128", (600,), 4000, 256, torch.float16, tactic)
 
 
 @on_cuda
@@ -246,10 +271,12 @@ def test_every_tactic(name, tactic):
 def test_a_token_does_not_depend_on_the_others(name):
     given = moved(operands(FORMATS[name], 16, 70, 1024, torch.bfloat16))
     weight = repack(given)
-    together = ops.weight_only_linear(given["x"], weight, tactic=2)
-    for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
-        some = ops.weight_only_linear(given["x"][first:last], weight, tactic=2)
-        assert torch.equal(some, together[first:last])
+    tactics = (2, 4, 14) if torch.cuda.get_device_capability() == (9, 0) else (1,)
+    for tactic in tactics:
+        together = ops.weight_only_linear(given["x"], weight, tactic=tactic)
+        for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
+            some = ops.weight_only_linear(given["x"][first:last], weight, tactic=tactic)
+            assert torch.equal(some, together[first:last])
 
 
 @on_cuda
@@ -269,20 +296,23 @@ def test_every_code(name):
 
 @on_cuda
 @pytest.mark.parametrize("name", FORMATS)
-def test_nan_and_strided_operands(name):
-    given = moved(operands(FORMATS[name], 9, 40, 256, torch.bfloat16))
+@pytest.mark.parametrize("num_tokens", [9, 70])
+def test_nan_and_strided_operands(name, num_tokens):
+    given = moved(operands(FORMATS[name], num_tokens, 40, 256, torch.bfloat16))
     weight = repack(given)
-    wide_x = torch.full((9, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
+    wide_x = torch.full((num_tokens, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
     wide_x[:, 64:320] = given["x"]
-    wide_out = poisoned(9, 64, dtype=torch.bfloat16, device="cuda")
-    ops.weight_only_linear(wide_x[:, 64:320], weight, out=wide_out[:, 8:48])
-    assert torch.equal(wide_out[:, 8:48], ops.weight_only_linear(given["x"], weight))
-    assert wide_out[:, :8].isnan().all() and wide_out[:, 48:].isnan().all()
+    for before in (8, 7):  # rows of out on 16 bytes, and not
+        wide_out = poisoned(num_tokens, 64, dtype=torch.bfloat16, device="cuda")
+        ours = wide_out[:, before : before + 40]
+        ops.weight_only_linear(wide_x[:, 64:320], weight, out=ours)
+        assert torch.equal(ours, ops.weight_only_linear(given["x"], weight))
+        assert wide_out[:, :before].isnan().all() and wide_out[:, before + 40 :].isnan().all()
     sound = ops.weight_only_linear(given["x"], weight)
     given["x"][4, 7] = float("nan")
     spoilt = ops.weight_only_linear(given["x"], weight)
     assert spoilt[4].isnan().all()
-    rest = [0, 1, 2, 3, 5, 6, 7, 8]
+    rest = [token for token in range(num_tokens) if token != 4]
     assert torch.equal(spoilt[rest], sound[rest])
 
 
@@ -335,7 +365,7 @@ def test_refuses_what_it_does_not_take():
 
     refused("x is fp32, but the op takes bf16, fp16", x=x.float())
     refused(r"x has shape \[3, 128\], but the op takes \[num_tokens, 256\]", x=x[:, :128])
-    refused("tactic is 3, but there are 1 to 2, and 0 chooses", tactic=3)
+    refused("tactic is 15, but there are 1 to 14, and 0 chooses", tactic=15)
     refused(r"bias has shape \[23\]", bias=torch.zeros(23, device="cuda").bfloat16())
     refused("out is fp32", out=torch.empty(3, 24, device="cuda"))
     with pytest.raises((ValueError, RuntimeError), match="x and packed must be aligned to 16 bytes"):

@@ -145,8 +145,10 @@ struct WeightOnlyParams {
     DType dtype;
 };
 
-// A tactic is the number of blocks that share K, as a cluster.
-inline constexpr int kWeightOnlyTactics = 2;
+// The first tactics are how many blocks share K, as a cluster, in the kernel for few tokens; the others, Hopper's, are
+// the tiles of gemm/weight_only_sm90.h.
+inline constexpr int kWeightOnlyFewTactics = 2;
+inline constexpr int kWeightOnlyTactics = 14;
 
 int64_t packed_bytes(PackedFormat format, int64_t out_size, int64_t in_size);
 void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream);

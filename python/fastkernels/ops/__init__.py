@@ -14,7 +14,9 @@ from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
 from fastkernels.ops.weight_only import (
     PACKED_FORMATS,
+    WEIGHT_ONLY_FEW_TACTICS,
     WEIGHT_ONLY_TACTICS,
+    WEIGHT_ONLY_TILES,
     RepackedWeight,
     repack_for_cuda,
     weight_only_linear,
@@ -24,7 +26,9 @@ __all__ = [
     "IN_PROMPT",
     "LINEAR_MAX_TOKENS",
     "PACKED_FORMATS",
+    "WEIGHT_ONLY_FEW_TACTICS",
     "WEIGHT_ONLY_TACTICS",
+    "WEIGHT_ONLY_TILES",
     "AttentionPlan",
     "RepackedWeight",
     "add_rms_norm",

@@ -35,7 +35,11 @@ PACKED_FORMATS: dict[str, int] = {
     "nvfp4": 128,
     "mxfp4": 64,
 }
-WEIGHT_ONLY_TACTICS = 2
+# Tokens of a tile, and blocks that share what is no whole round: the tactics of the kernel for more tokens,
+# after those of the one for few, in the order of kWeightOnlyTiles in csrc/gemm/weight_only_sm90.h
+WEIGHT_ONLY_TILES = tuple((tokens, blocks) for tokens in (16, 32, 64, 128) for blocks in (1, 2, 3))
+WEIGHT_ONLY_FEW_TACTICS = 2
+WEIGHT_ONLY_TACTICS = WEIGHT_ONLY_FEW_TACTICS + len(WEIGHT_ONLY_TILES)
 ROWS, SIZE = 16, 128  # of a unit
 MAX_IN_SIZE = 1 << 17
 _CHUNK = 1 << 24  # elements that are repacked at once
@@ -156,21 +160,23 @@ def weight_only_linear(
     constant_weight: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is, for few tokens at the speed of reading W.
+    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is: few tokens at the speed of reading W, many
+    on Hopper at that of its tensor cores.
 
     x:      [num_tokens, in_size] bf16 | fp16; last dimension contiguous, rows begin on 16 bytes, in_size a
             multiple of 8 up to 131072
     weight: of ``repack_for_cuda``; with a permutation x is gathered first, by torch
     bias:   [out_size], dtype of x, or None
-    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how many blocks share K (on Hopper)
+    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how many blocks share K in the kernel for few
+            tokens, then WEIGHT_ONLY_TILES; all but 1 are Hopper's
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first units are then read while the kernel before this one ends
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
     Returns out. Weights are exact in registers, sums in fp32, rounded once; bitwise repeatable; with a
-    given tactic and up to 8, 16, 32 or 64 tokens a token's result does not depend on the others; safe in a
-    CUDA graph.
+    given tactic a token's result does not depend on the others, as long as there are no more than 8, 16, 32
+    or 64 (few), or than fill a tile; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
-    Kernel: csrc/gemm/weight_only.cuh
+    Kernels: csrc/gemm/weight_only.cuh, weight_only_sm90.cuh
     """
     op = "weight_only_linear"
     x = as_tensor(x)
@@ -214,7 +220,8 @@ def weight_only_linear(
     return out
 
 
-# --- The units' bytes: k is 64 u + 32 s + 8 t + 4 j + 2 p + low (8 bits: 32 u + 8 t + ...), row 8 half + g -
+# --- The units' bytes: row 8 half + g; k is 64 u + 32 s + 8 t + 4 j + 2 p + low of int4,
+# 64 u + 16 t + 8 p + 2 j + low of e2m1, 32 u + 8 t + 4 j + 2 p + low of 8 bits ----------------------------
 
 
 def _whole(values: Tensor, size: int, fill: int | float = 0) -> Tensor:
@@ -231,10 +238,11 @@ def _codes(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
-def _by_lane(codes: Tensor) -> Tensor:
-    """4 bits, [tiles, half, g, size] -> [tiles, chunk, u, g, t, s, j, low, p, half]."""
-    split = codes.unflatten(3, (-1, 2, 2, 4, 2, 2, 2))  # chunk u s t j p low
-    return split.permute(0, 3, 4, 2, 6, 5, 7, 9, 8, 1)
+def _as_pieces(values: Tensor) -> Tensor:
+    """[tiles, chunk, u, 8 (g), 4 (t), ...] -> [tiles, chunk, bytes]; the lane of g, t is at t ^ g / 2."""
+    lane = torch.arange(32, device=values.device)
+    place = lane ^ lane // 8  # its own inverse
+    return _as_bytes(values.flatten(3, 4)[:, :, :, place])
 
 
 def _as_bytes(values: Tensor) -> Tensor:
@@ -262,8 +270,10 @@ def _int4(
         group, 1
     )  # what is past the end of K stays at the zero point: a weight of 0
     full[:, :in_size] = codes
-    nibbles = _by_lane(_whole(full, whole, 8)).flatten(7).unflatten(7, (4, 2))
-    pieces = [_as_bytes(nibbles[..., 0] | nibbles[..., 1] << 4)]
+    split = _whole(full, whole, 8).unflatten(3, (-1, 2, 2, 4, 2, 2, 2))  # chunk u s t j p low
+    by_lane = split.permute(0, 3, 4, 2, 6, 7, 5, 9, 8, 1)  # tiles chunk u g t j s low p half
+    nibbles = by_lane.flatten(7).unflatten(7, (4, 2))
+    pieces = [_as_pieces(nibbles[..., 0] | nibbles[..., 1] << 4)]
     of_groups = [groups] if zeros is None else [groups, points]
     for values in of_groups:  # [tiles, half, g, chunk, group] -> [tiles, chunk, group, g, half]
         by_row = _whole(values, whole // group).unflatten(3, (-1, SIZE // group))
@@ -283,13 +293,16 @@ def _e2m1(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         below = torch.tensor([8, 8, 16, 20, 24, 26, 28, 30], dtype=torch.uint8, device=codes.device)
         bits = torch.where(bits < 8, below[(bits & 7).long()], bits + 24)
         factors = torch.ones(len(codes), dtype=torch.float64, device=codes.device)
-        by_block = _whole(bits, whole // 16).unflatten(3, (-1, 2, 2, 2)).permute(0, 3, 4, 6, 2, 5, 1)
+        by_block = _whole(bits, whole // 16).unflatten(3, (-1, 2, 4)).permute(0, 3, 4, 2, 5, 1)
     else:
         largest = scales.amax(1, keepdim=True)
         bits = (_ONE_E8M0 - (largest.int() - scales.int())).clamp_min(0).to(torch.uint8)
         factors = torch.exp2(largest[:, 0].double() - 127)
         by_block = _whole(bits, whole // 32).unflatten(3, (-1, 2, 2)).permute(0, 3, 4, 2, 5, 1)
-    split = _by_lane(_whole(codes, whole))  # ..., low, p, half: pair 2 p + half of a half word
+    split = _whole(codes, whole).unflatten(3, (-1, 2, 4, 2, 4, 2))  # chunk u t p j low
+    split = split.permute(
+        0, 3, 4, 2, 5, 7, 8, 6, 1
+    )  # tiles chunk u g t j low p half: pair 2 p + half of a half word
     table = torch.tensor(
         [
             [sum(1 << bit for place, bit in enumerate(bits) if code >> (3 - place) & 1) for code in range(16)]
@@ -302,14 +315,14 @@ def _e2m1(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     for p in range(2):
         for half in range(2):
             words |= table[p, half][split[..., p, half].int()]
-    pieces = [_as_bytes(words.to(torch.uint16)), _as_bytes(by_block)]
+    pieces = [_as_pieces(words.to(torch.uint16)), _as_bytes(by_block)]
     return torch.cat(pieces, 2), factors
 
 
 def _bytes(codes: Tensor, scales: Tensor, packed_format: str) -> tuple[Tensor, Tensor]:
     rows, in_size = codes.shape
     split = _whole(codes, _chunks(in_size) * SIZE).unflatten(3, (-1, 4, 4, 2, 2, 2))  # chunk u t j p low
-    data = _as_bytes(split.permute(0, 3, 4, 2, 5, 6, 7, 8, 1))  # chunk u g t j p low half
+    data = _as_pieces(split.permute(0, 3, 4, 2, 5, 6, 7, 8, 1))  # chunk u g t j p low half
     if packed_format != "e4m3-block":
         return data, scales[:, 0].double()
     by_tile = scales.float().repeat_interleave(128 // ROWS, 0)[: len(data)]

@@ -119,8 +119,7 @@ def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -
     if product.op == "matmul":
         return _matmul_tactics(product, num_tokens, capability)
     if product.op == "quantized_linear":
-        count = ops.WEIGHT_ONLY_TACTICS if capability >= HOPPER else 1  # clusters are Hopper's
-        return [Tactic("weight_only_linear", number) for number in range(1, count + 1)]
+        return _weight_only_tactics(num_tokens, capability)
     tactics = [TORCH]
     if _streams(product, num_tokens):
         tactics.append(STREAM)
@@ -138,6 +137,23 @@ def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 def _streams(product: Product, num_tokens: int) -> bool:
     """Whether ``ops.linear`` takes it without a tactic."""
     return num_tokens <= ops.LINEAR_MAX_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+
+
+def _weight_only_tactics(num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """Of the kernel for few tokens all, and of the other the smallest tile that holds the tokens."""
+    count = ops.WEIGHT_ONLY_FEW_TACTICS if capability >= HOPPER else 1  # clusters are Hopper's
+    numbers = list(range(1, count + 1))
+    if capability == HOPPER:
+        if num_tokens > 32:
+            numbers = []
+        held = min(num_tokens, max(tokens for tokens, _ in ops.WEIGHT_ONLY_TILES))
+        size = min(tokens for tokens, _ in ops.WEIGHT_ONLY_TILES if tokens >= held)
+        numbers += [
+            ops.WEIGHT_ONLY_FEW_TACTICS + 1 + index
+            for index, (tokens, _) in enumerate(ops.WEIGHT_ONLY_TILES)
+            if tokens == size
+        ]
+    return [Tactic("weight_only_linear", number) for number in numbers]
 
 
 def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
