@@ -262,18 +262,16 @@ def _measure(case: Case, device: torch.device, quick: bool) -> Row:
     where = f"{case.subject}, {case.name}"
 
     def contender(prepare: Callable[[Any], Call]) -> float:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        # Before the check: inputs cut out of what expect() leaves in the allocator, of which a plan or a
-        # workspace may hold a piece, are read 12% slower (1 x 128k of decode: 155.6 us where it takes 138.7).
         torch.manual_seed(0)
-        num_sets = _num_sets(device, case.num_bytes, quick)
-        calls = [prepare(case.make()) for _ in range(num_sets)]
         inputs = case.make()
         expected = case.expect(inputs)  # before the call, which may write its inputs
         case.compare(prepare(inputs)(), expected, dtype)
         del inputs, expected
-        return time_us(calls, device, quick=quick)
+        if device.type == "cuda":
+            # Inputs cut out of what expect() left in the allocator were read 12% slower (1 x 128k of decode).
+            torch.cuda.empty_cache()
+        num_sets = _num_sets(device, case.num_bytes, quick)
+        return time_us([prepare(case.make()) for _ in range(num_sets)], device, quick=quick)
 
     us = contender(case.ours)
     peers: dict[str, float] = {}

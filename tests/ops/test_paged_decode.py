@@ -73,7 +73,7 @@ def test_few_and_many_sequences(num_seqs, head_dim, device):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_seqs", [1, 40, 150])
 def test_steps_that_are_told_their_longest(num_seqs, head_dim, device):
-    """Fewer kernels, and on Hopper two to four blocks an SM: bit for bit what comes of a step that is not told."""
+    """Fewer kernels, and on Hopper two to four blocks an SM: bit for bit what comes untold."""
     for longest, heads, kv_dtype in ((1, (16, 8), None), (1, (16, 8), torch.int8), (3, (8, 2), None)):
         lengths = [(1 + i % longest, 3 + 37 * i % 200) for i in range(num_seqs)]
         batch = PagedBatch.random(lengths, device, heads=heads, head_dim=head_dim, dtype=torch.bfloat16)
