@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import gemm_peers
 from benchmarks.harness import Call, Case, Row, run_cases
+from benchmarks.peers import vllm_name, vllm_ops
 from benchmarks.shapes import Shapes, shapes_for, tokens_label
 from fastkernels import ops
 from fastkernels.ops.gemm import matmul, matmul_workspace
@@ -18,7 +20,7 @@ _TOKENS = {  # of matmul, by type
     "bf16": (64, 128, 512, 2048, 8192),
     "fp8": (1, 16, 64, 512, 2048, 8192),
     "fp8 block": (64,),
-    "int8": (1, 64, 512, 2048),
+    "int8": (1, 64, 512, 2048, 8192),
 }
 WEIGHT_ONLY = ("int4", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
 
@@ -77,8 +79,9 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
         return
     for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
         first = scheme == WEIGHT_ONLY[0]
-        for num_tokens in (1, 16) if quick else (1, 16, 64) if first else (1,):
-            for name, (out_size, in_size) in list(_products(shapes).items())[: 5 if first else 4]:
+        for num_tokens in (1, 16) if quick else (1, 16, 64, 128, 512, 2048) if first else (1,):
+            products = list(_products(shapes).items())[: 5 if first and num_tokens < 64 else 4]
+            for name, (out_size, in_size) in products:
                 yield _weight_only_case(scheme, name, num_tokens, out_size, in_size, shapes.dtype, device)
 
 
@@ -178,6 +181,13 @@ def _matmul_case(
             x, weight = x * i.x_scales[:, None], weight * i.weight_scales[:, None]
         return x @ weight.t()
 
+    def by_cutlass(i: MatmulInputs) -> Call:
+        assert i.x_scales is not None and i.weight_scales is not None
+        return gemm_peers.cutlass(vllm, i.x, i.weight, i.x_scales, i.weight_scales, i.out)
+
+    peers = dict(_PEERS[kind])
+    if kind in ("fp8", "int8") and (vllm := vllm_ops()) is not None:
+        peers[f"{vllm_name()} CUTLASS"] = by_cutlass
     element_bytes = dtype.itemsize
     return Case(
         "matmul",
@@ -188,7 +198,7 @@ def _matmul_case(
         expect=expect,
         num_bytes=(out_size + num_tokens) * in_size * element_bytes + num_tokens * out_size * 2,
         flops=2 * num_tokens * out_size * in_size,
-        peers=_PEERS[kind],
+        peers=peers,
     )
 
 
@@ -218,6 +228,11 @@ def _weight_only_case(
         )
         return WeightOnlyInputs(x, full, given, repacked, x.new_empty(num_tokens, out_size))
 
+    peers: dict[str, Callable[[WeightOnlyInputs], Call]] = {
+        "torch mm in bf16": lambda i: lambda: torch.mm(i.x, i.full.t(), out=i.out)
+    }
+    if scheme_name == "int4" and (vllm := vllm_ops()) is not None:
+        peers |= gemm_peers.int4_peers(vllm, vllm_name())
     num_bytes = sum(
         math.prod(part.shape) * part.torch_dtype.itemsize for part in layout.parts(out_size, in_size).values()
     )
@@ -230,5 +245,5 @@ def _weight_only_case(
         expect=lambda i: i.x.float() @ scheme.dequantize(i.parts).t(),
         num_bytes=num_bytes + num_tokens * (in_size + out_size) * dtype.itemsize,
         flops=2 * num_tokens * out_size * in_size,
-        peers={"torch mm in bf16": lambda i: lambda: torch.mm(i.x, i.full.t(), out=i.out)},
+        peers=peers,
     )

@@ -1,41 +1,26 @@
-// The launcher of attention_sm90: the tensor maps of q, k and v, one block an SM.
-#include <algorithm>
+// The launcher of attention_sm90: one block an SM; and the tensor maps of q, k and v, for attention_fp8_sm90 too.
 #include <bit>
 
 #include "attention/attention_sm90.h"
 #include "attention/attention_sm90_args.h"
 #include "common/dtype.cuh"
+#include "common/hopper.cuh"
 #include "common/ptx/tma.cuh"
 
 namespace fastkernels {
 namespace {
 
-// A build for other GPUs alone leaves this kernel empty.
-__global__ void hopper_code(int* built) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    *built = 1;
-#endif
-}
-
-bool built_for_hopper() {
-    static const bool built = [] {
-        cudaFuncAttributes attributes{};
-        return cudaFuncGetAttributes(&attributes, hopper_code) == cudaSuccess && attributes.ptxVersion >= 90;
-    }();
-    return built;
-}
-
-// [rows, heads, head_dim] in boxes of [box_rows, box_heads, 64]; strides in elements of 2 bytes.
-CUtensorMap tensor_map(const void* address, DType dtype, int head_dim, int64_t heads, int64_t rows, int64_t head_stride,
-                       int64_t row_stride, int box_heads, int box_rows) {
+// [rows, heads, head_dim] in boxes of [box_rows, box_heads, 128 bytes]; strides in elements.
+CUtensorMap tensor_map(const void* address, Sm90Element element, int head_dim, int64_t heads, int64_t rows,
+                       int64_t head_stride, int64_t row_stride, int box_heads, int box_rows) {
     // A stride that is never used may be anything; the driver wants a multiple of 16 bytes all the same.
     return encode(
         {.address = address,
-         .type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+         .type = element.type,
          .extents = {static_cast<uint64_t>(head_dim), static_cast<uint64_t>(heads), static_cast<uint64_t>(rows)},
-         .strides_bytes = {static_cast<uint64_t>(heads > 1 ? head_stride : head_dim) * 2,
-                           static_cast<uint64_t>(rows > 1 ? row_stride : head_dim * heads) * 2},
-         .box = {64, static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_rows)}});
+         .strides_bytes = {static_cast<uint64_t>(heads > 1 ? head_stride : head_dim) * element.bytes,
+                           static_cast<uint64_t>(rows > 1 ? row_stride : head_dim * heads) * element.bytes},
+         .box = {128 / element.bytes, static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_rows)}});
 }
 
 template <typename T>
@@ -54,28 +39,27 @@ void launch_head(const Sm90Args& args, int num_blocks, void* stream) {
 bool prefill_on_sm90(int64_t num_tokens, int head_dim, int group, DType dtype) {
     const bool has_shape = head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
     return has_shape && (dtype == DType::bf16 || dtype == DType::f16) && num_tokens > kSmallStepTokens &&
-           prefill_rows_sm90(head_dim, group) >= 64 && compute_capability() == 90 && built_for_hopper();
+           prefill_rows_sm90(head_dim, group) >= 64 && on_hopper();
 }
 
-void attention_sm90(const AttentionMmaArgs& a, void* stream) {
+Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element element, int block_keys) {
     const AttentionParams& p = a.p;
     const bool paged = p.page_size > 0;
-    const int block_keys = p.head_dim <= 128 ? Sm90Shape<128>::kKeys : Sm90Shape<256>::kKeys;
     const int box_keys = paged && p.page_size < block_keys ? p.page_size : block_keys;
-    const int tile_tokens = prefill_rows_sm90(p.head_dim, a.group) / a.group, sms = num_sms();
+    const int tile_tokens = prefill_rows_sm90(p.head_dim, a.group) / a.group;
     // Pages: every row of head_dim elements, of K and V and all heads, is a row of the map.
     const int64_t rows = paged ? p.num_keys * a.page_rows : p.num_keys;
     check(rows < int64_t{1} << 31, "attention takes caches of fewer than 2^31 rows of head_dim elements, got ", rows);
     const int64_t v_rows = paged ? rows - a.page_rows / 2 : rows;
     const int kv_heads = paged ? 1 : p.num_kv_heads;
-    const CUtensorMap q_map = tensor_map(p.q, p.dtype, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride,
+    const CUtensorMap q_map = tensor_map(p.q, element, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride,
                                          p.q_token_stride, a.group, tile_tokens);
     const auto keys_map = [&](const void* keys, int64_t key_rows, int64_t head_stride, int64_t token_stride) {
         return key_rows == 0
                    ? q_map  // never loaded from; the driver refuses a tensor without rows
-                   : tensor_map(keys, p.dtype, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1, box_keys);
+                   : tensor_map(keys, element, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1, box_keys);
     };
-    const Sm90Args args{
+    return {
         .q_map = q_map,
         .k_map = keys_map(p.k, rows, p.k_head_stride, p.k_token_stride),
         .v_map = keys_map(p.v, v_rows, p.v_head_stride, p.v_token_stride),
@@ -85,7 +69,14 @@ void attention_sm90(const AttentionMmaArgs& a, void* stream) {
         .inverse_group = 1.0f / static_cast<float>(a.group),
         .box_shift = std::countr_zero(static_cast<uint32_t>(box_keys)),
     };
-    p.dtype == DType::bf16 ? launch_head<bf16>(args, sms, stream) : launch_head<fp16>(args, sms, stream);
+}
+
+void attention_sm90(const AttentionMmaArgs& a, void* stream) {
+    const bool is_bf16 = a.p.dtype == DType::bf16;
+    const int block_keys = a.p.head_dim <= 128 ? Sm90Shape<128>::kKeys : Sm90Shape<256>::kKeys, sms = num_sms();
+    const Sm90Args args =
+        sm90_args(a, {is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2}, block_keys);
+    is_bf16 ? launch_head<bf16>(args, sms, stream) : launch_head<fp16>(args, sms, stream);
 }
 
 }  // namespace fastkernels

@@ -1,4 +1,4 @@
-// What the launcher of attention_sm90 hands to its instances, one file a head size, and the shapes both need.
+// What the launchers of attention_sm90 and attention_fp8_sm90 hand to their kernels, and the shapes both sides need.
 #pragma once
 
 #include <cuda.h>
@@ -8,8 +8,8 @@
 namespace fastkernels {
 
 struct Sm90Args {
-    CUtensorMap q_map;  // [num_tokens, num_q_heads, D] in boxes of [tile_tokens, group, 64]
-    CUtensorMap k_map;  // [rows, num_kv_heads, D] in boxes of [1 << box_shift, 1, 64]; pages: [rows, 1, D]
+    CUtensorMap q_map;  // [num_tokens, num_q_heads, D] in boxes of [tile_tokens, group, 128 bytes]
+    CUtensorMap k_map;  // [rows, num_kv_heads, D] in boxes of [1 << box_shift, 1, 128 bytes]; pages: [rows, 1, D]
     CUtensorMap v_map;
     AttentionMmaArgs a;
     int64_t item_offset;
@@ -24,6 +24,14 @@ struct Sm90Args {
     }
 #endif
 };
+
+struct Sm90Element {  // of q, k and v
+    CUtensorMapDataType type;
+    uint32_t bytes;
+};
+
+// block_keys: the most keys of a box
+Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element element, int block_keys);
 
 template <int D>
 struct Sm90Shape {

@@ -1,6 +1,7 @@
 // matmul: what all its kernels ask for, and which of them a product goes to.
 #include <algorithm>
 
+#include "common/hopper.cuh"
 #include "common/launch.h"
 #include "gemm/linear_bytes.h"
 #include "gemm/matmul_sm80.h"
@@ -44,7 +45,7 @@ void matmul_sm80(const MatmulParams& p, int size, void* stream) {
 }  // namespace
 
 int64_t matmul_needs_bytes() {
-    return has_matmul_sm90() ? matmul_workspace_bytes(num_sms()) : 0;
+    return on_hopper() ? matmul_workspace_bytes(num_sms()) : 0;
 }
 
 void matmul_cuda(const MatmulParams& p, void* stream) {
@@ -70,7 +71,7 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
           "matmul: zero points of x are for int8 and an in_size up to ", kMaxInSizeWithZeros,
           ", and go with the sums of the weight's rows");
     MatmulParams params = p;
-    if (p.tactic < 0 && p.scales != MatmulScales::none && !has_matmul_sm90()) {
+    if (p.tactic < 0 && p.scales != MatmulScales::none && !on_hopper()) {
         params.tactic = default_tactic(p);
     }
     if (params.tactic < kLinearTactic) {

@@ -4,27 +4,13 @@
 #include <algorithm>
 
 #include "common/dtype.cuh"
+#include "common/hopper.cuh"
 #include "common/ptx/tma.cuh"
 #include "gemm/linear_bytes.h"
 #include "gemm/matmul_sm90.h"
 
 namespace fastkernels {
 namespace {
-
-// A build for other GPUs alone leaves this kernel empty.
-__global__ void hopper_code(int* built) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    *built = 1;
-#endif
-}
-
-bool built_for_hopper() {
-    static const bool built = [] {
-        cudaFuncAttributes attributes{};
-        return cudaFuncGetAttributes(&attributes, hopper_code) == cudaSuccess && attributes.ptxVersion >= 90;
-    }();
-    return built;
-}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -93,13 +79,9 @@ int64_t row_stride_bytes(int64_t rows, int64_t columns, int64_t stride, int64_t 
 
 }  // namespace
 
-bool has_matmul_sm90() {
-    return compute_capability() == 90 && built_for_hopper();
-}
-
 void matmul_sm90(const MatmulParams& p, void* stream) {
-    check(has_matmul_sm90(), "matmul: tactics 0 to ", kLinearTactic - 1,
-          ", and bf16 and fp16, are for Hopper GPUs, and ", "for builds with their architecture, sm_90a");
+    check(on_hopper(), "matmul: tactics 0 to ", kLinearTactic - 1,
+          ", and bf16 and fp16, are for Hopper GPUs, and for builds with their architecture, sm_90a");
     const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
     const int64_t x_stride = row_stride_bytes(p.num_tokens, p.in_size, p.x_token_stride, element_bytes);
     const int64_t weight_stride = row_stride_bytes(p.out_size, p.in_size, p.weight_row_stride, element_bytes);
