@@ -12,10 +12,10 @@
 //   Scales of blocks: another warp copies those of a chunk to its place in the ring.
 //   Consumers, 2 warpgroups, 64 rows of A each: the product of a chunk is issued before that of the one
 //   before is waited for. Out passes through shared memory, and from there by TMA, which keeps to the matrix's edges.
-// Sums are fp32, and int32 of int8. wgmma adds up e4m3 with about 14 bits: sums of 4 chunks, of one where blocks have
-// scales, are added to fp32 registers where there is room for both, that is, but for tiles of 256 columns.
-// At full rate wgmma leaves an SM's schedulers about a sixth of their slots: instructions past that, of whatever kind,
-// cost it a cycle each. So the loop over the chunks has few.
+// Sums are fp32, and int32 of int8. wgmma adds up e4m3 with about 14 bits: sums of kPromote chunks, of one where blocks
+// have scales, are added to fp32 registers where there is room for both, that is, but for tiles of 256 columns.
+// At full rate wgmma leaves an SM's schedulers a sixth of their slots. Instructions past that, of whatever kind, cost it
+// a cycle each, so the loop over the chunks has few.
 // A tile that is cut along K: every warpgroup leaves its part in the workspace, and who comes last adds the parts up in
 // their order, so nobody waits, and the same bits come out whoever it is.
 //
@@ -59,9 +59,11 @@ struct MatmulShape {
     static constexpr int kTokens = kTokensAreA ? kMatmulRows : kN;
     static constexpr int kPieces = kTokensAreA && kN == 192 ? 3 : 1;
     static constexpr int kChunkScales = kByBlock ? kTokens + 4 : 0;
-    static constexpr int kColumnScales = kScales == MatmulScales::channel ? kConsumers * kN : 0;
+    // Of D's columns, and of a warpgroup's rows.
+    static constexpr int kTileScales = kScales == MatmulScales::channel ? kN + 64 : 0;
     static constexpr int kMostBytes = 227 * 1024;
-    static constexpr int kSlots = (kMostBytes - 512 - kOutBytes - kColumnScales * 4) / (kSlotBytes + kChunkScales * 4);
+    static constexpr int kSlots =
+        (kMostBytes - 512 - kOutBytes - kConsumers * kTileScales * 4) / (kSlotBytes + kChunkScales * 4);
     // 65,536 a block
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
@@ -71,8 +73,8 @@ struct MatmulShared {
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];  // A, then B
     alignas(1024) unsigned char out[Shape::kConsumers][Shape::kPanels * Shape::kPanelBytes];
     alignas(16) float chunk_scales[std::max(1, Shape::kSlots* Shape::kChunkScales)];  // of tokens, then of the weight
-    alignas(16) float column_scales[std::max(1, Shape::kColumnScales)];               // of D's columns, a warpgroup
-    uint64_t full[Shape::kSlots], empty[Shape::kSlots];
+    alignas(16) float tile_scales[std::max(1, Shape::kConsumers* Shape::kTileScales)];
+    uint64_t full[Shape::kSlots], empty[Shape::kSlots];              // in this order
     int is_last[Shape::kConsumers], others_done[Shape::kConsumers];  // of a tile that is cut
 };
 
@@ -186,8 +188,8 @@ __device__ __forceinline__ void produce_scales(const MatmulArgs& args, MatmulSha
     while (walk.next(args.schedule, segment)) {
         const MatmulPlace place = args.schedule.place(segment.tile);
         const int a_row = (place.a * kCluster + rank) * kMatmulRows, b_row = place.b * kN;
-        uint32_t token[kEach],
-            weight;  // where their scales of the chunk are; x has 128 elements for each, so 32 bits do
+        // Where their scales of the chunk are. 32 bits do: x has 128 elements for each.
+        uint32_t token[kEach], weight;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int row = min((kTokensAreA ? a_row : b_row) + i * 32 + lane, args.num_tokens - 1);
@@ -254,7 +256,7 @@ struct Consumer {
     const MatmulArgs& args;
     MatmulShared<Shape>& shared;
     const int worker, rank, group, warp, lane;  // group: this warpgroup
-    const uint32_t full, empty;                 // addresses of the barriers
+    const uint32_t full;                        // address of the barriers
     const uint32_t scales;                      // and of the scales of chunks
     const uint32_t ring_a;                      // low half of the descriptor of this warpgroup's A of slot 0
     const uint32_t a_to_b;                      // what makes it that of B
@@ -263,10 +265,10 @@ struct Consumer {
     __device__ __forceinline__ void release(uint32_t slot) {
         if constexpr (kCluster == 1) {
             if (lane == 0) {
-                mbarrier_arrive(empty + slot * 8);
+                mbarrier_arrive(full + (Shape::kSlots + slot) * 8);
             }
         } else if (lane < kCluster) {
-            mbarrier_arrive_in_block(empty + slot * 8, lane);
+            mbarrier_arrive_in_block(full + (Shape::kSlots + slot) * 8, lane);
         }
     }
 
@@ -356,6 +358,7 @@ struct Consumer {
         }
         wgmma_wait<0>();
         wgmma_hold(part);
+        __syncwarp();  // all lanes have read the scales
         release(ring.slot());
         ring.next();
 #pragma unroll
@@ -504,46 +507,35 @@ struct Consumer {
         return args.out_is_fp16 ? to_float(static_cast<const fp16*>(args.bias)[at])
                                 : to_float(static_cast<const bf16*>(args.bias)[at]);
     }
-    __device__ __forceinline__ float weight_scale(int row) const {
-        return kScales == MatmulScales::channel
-                   ? args.weight_scales[min(row, args.out_size - 1) * args.weight_scale_stride]
-                   : 1.0f;
-    }
-    __device__ __forceinline__ float token_scale(int token) const {
-        return kScales == MatmulScales::channel ? args.token_scales[min(token, args.num_tokens - 1)] : 1.0f;
-    }
-
-    // Scales of D's columns, on their way to shared memory while the tile is multiplied, and of its two rows of a
-    // thread.
-    __device__ __forceinline__ void load_scales(const MatmulPlace& place, float (&row_scale)[2]) {
+    // A tile's scales, on their way to shared memory while it is multiplied.
+    __device__ __forceinline__ void load_scales(const MatmulPlace& place) {
         if constexpr (kScales == MatmulScales::channel) {
             cp_async_wait<0>();
-            const uint32_t to = shared_address(shared.column_scales + group * kN);
-            for (int i = threadIdx.x % 128; i < kN; i += 128) {
-                const int column = place.b * kN + i;
-                cp_async_4(to + i * 4,
-                           kTokensAreA ? args.weight_scales + min(column, args.out_size - 1) * args.weight_scale_stride
-                                       : args.token_scales + min(column, args.num_tokens - 1));
+            const uint32_t to = shared_address(shared.tile_scales + group * Shape::kTileScales);
+            for (int i = threadIdx.x % 128; i < Shape::kTileScales; i += 128) {
+                const bool is_column = i < kN;
+                const int at = is_column ? place.b * kN + i : first_row(place) + i - kN;
+                cp_async_4(to + i * 4, is_column == kTokensAreA
+                                           ? args.weight_scales + min(at, args.out_size - 1) * args.weight_scale_stride
+                                           : args.token_scales + min(at, args.num_tokens - 1));
             }
             cp_async_commit();
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = first_row(place) + warp * 16 + lane / 4 + half * 8;
-            row_scale[half] = kTokensAreA ? token_scale(row) : weight_scale(row);
-        }
     }
-    // Of columns i and i + 1 of the tile, once they are there for all of the warpgroup.
+    // Once they are there for all of the warpgroup: of columns i and i + 1, and of a row.
     __device__ __forceinline__ float2 column_scales(int i) const {
         return kScales == MatmulScales::channel
-                   ? *reinterpret_cast<const float2*>(shared.column_scales + group * kN + i)
+                   ? *reinterpret_cast<const float2*>(shared.tile_scales + group * Shape::kTileScales + i)
                    : make_float2(1.0f, 1.0f);
+    }
+    __device__ __forceinline__ float row_scale(int i) const {
+        return kScales == MatmulScales::channel ? shared.tile_scales[group * Shape::kTileScales + kN + i] : 1.0f;
     }
 
     // x is A: D's rows are tokens. A panel of 64 rows of 128 bytes at a time, one being filled while TMA reads the
     // other.
-    __device__ __forceinline__ void store_rows(const Sum (&sum)[kSums], int token, int row,
-                                               const float (&row_scale)[2]) {
+    __device__ __forceinline__ void store_rows(const Sum (&sum)[kSums], int token, int row) {
+        float token_scale[2];
 #pragma unroll
         for (int pass = 0; pass < kN / 64; ++pass) {
             const uint32_t panel = shared_address(shared.out[group]) + pass % 2 * Shape::kPanelBytes;
@@ -566,23 +558,29 @@ struct Consumer {
                 cp_async_wait<0>();
             }
             sync_group();
-            float out[32];
+            if (pass == 0) {
+                token_scale[0] = row_scale(warp * 16 + lane / 4);
+                token_scale[1] = row_scale(warp * 16 + lane / 4 + 8);
+            }
+            float2 scale[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const float2 scale = column_scales(pass * 64 + i * 8 + lane % 4 * 2);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const Sum* d = sum + pass * 32 + i * 4 + half * 2;
-                    out[i * 4 + half * 2] = finish(d[0], row_scale[half] * scale.x, more[i * 2]);
-                    out[i * 4 + half * 2 + 1] = finish(d[1], row_scale[half] * scale.y, more[i * 2 + 1]);
-                }
+                scale[i] = column_scales(pass * 64 + i * 8 + lane % 4 * 2);
             }
-            uint32_t pairs[16];
-            pack_out(out, pairs, args.out_is_fp16);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
+                float out[8];
+#pragma unroll
+                for (int j = 0; j < 8; j += 2) {  // two tiles of 8 columns, two rows
+                    const int tile = i * 2 + j / 4, half = j / 2 % 2;
+                    const Sum* d = sum + pass * 32 + i * 8 + j;
+                    out[j] = finish(d[0], token_scale[half] * scale[tile].x, more[tile * 2]);
+                    out[j + 1] = finish(d[1], token_scale[half] * scale[tile].y, more[tile * 2 + 1]);
+                }
+                uint32_t pairs[4];
+                pack_out(out, pairs, args.out_is_fp16);
                 const uint32_t address = panel + (warp * 16 + lane % 16) * 128 + ((i * 2 + lane / 16) ^ lane % 8) * 16;
-                stmatrix_x4(address, pairs[i * 4], pairs[i * 4 + 1], pairs[i * 4 + 2], pairs[i * 4 + 3]);
+                stmatrix_x4(address, pairs[0], pairs[1], pairs[2], pairs[3]);
             }
             fence_async_shared();
             sync_group();
@@ -595,8 +593,7 @@ struct Consumer {
 
     // The weight is A: D's columns are tokens, and D is transposed on its way. One panel of kN tokens, 64 elements
     // each.
-    __device__ __forceinline__ void store_columns(const Sum (&sum)[kSums], int token, int row,
-                                                  const float (&row_scale)[2]) {
+    __device__ __forceinline__ void store_columns(const Sum (&sum)[kSums], int token, int row) {
         const uint32_t panel = shared_address(shared.out[group]);
         float more[2];
 #pragma unroll
@@ -608,6 +605,7 @@ struct Consumer {
         }
         cp_async_wait<0>();
         sync_group();
+        const float weight_scale[2] = {row_scale(warp * 16 + lane / 4), row_scale(warp * 16 + lane / 4 + 8)};
 #pragma unroll
         for (int pass = 0; pass < kN / 32; ++pass) {
             float out[16];
@@ -617,8 +615,8 @@ struct Consumer {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const Sum* d = sum + pass * 16 + i * 4 + half * 2;
-                    out[i * 4 + half * 2] = finish(d[0], scale.x * row_scale[half], more[half]);
-                    out[i * 4 + half * 2 + 1] = finish(d[1], scale.y * row_scale[half], more[half]);
+                    out[i * 4 + half * 2] = finish(d[0], scale.x * weight_scale[half], more[half]);
+                    out[i * 4 + half * 2 + 1] = finish(d[1], scale.y * weight_scale[half], more[half]);
                 }
             }
             uint32_t pairs[8];
@@ -652,15 +650,14 @@ struct Consumer {
         MatmulSegment segment;
         while (walk.next(schedule, segment)) {
             const MatmulPlace place = schedule.place(segment.tile);
-            float row_scale[2];
-            load_scales(place, row_scale);
+            load_scales(place);
             Sum sum[kSums];
             multiply_segment(sum, segment);
             if (segment.end - segment.begin == schedule.chunks || add_parts(sum, segment)) {
                 if constexpr (kTokensAreA) {
-                    store_rows(sum, first_row(place), place.b * kN, row_scale);
+                    store_rows(sum, first_row(place), place.b * kN);
                 } else {
-                    store_columns(sum, place.b * kN, first_row(place), row_scale);
+                    store_columns(sum, place.b * kN, first_row(place));
                 }
             }
         }
@@ -726,7 +723,6 @@ __global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kScales, k
             static_cast<int>(threadIdx.x / 32 % 4),
             static_cast<int>(keep(threadIdx.x % 32)),
             keep(shared_address(shared.full)),
-            keep(shared_address(shared.empty)),
             keep(shared_address(shared.chunk_scales)),
             keep(descriptor_low(shared_address(shared.ring) + group * (64 * 128))),
             uniform((Shape::kABytes - group * (64 * 128)) >> 4),

@@ -16,7 +16,7 @@ struct MatmulTile {
 };
 inline constexpr int kMatmulRows = 128;
 
-// The tactics: tile t with whole tiles is 2t, with stream-K 2t + 1; the last is linear's kernel for few tokens.
+// The tactics: tile t with whole tiles is 2t, with some cut along K 2t + 1; the last is linear's kernel for few tokens.
 inline constexpr MatmulTile kMatmulTiles[] = {
     {true, 256, 2}, {true, 256, 1}, {true, 192, 2}, {true, 128, 2},
     {true, 128, 1}, {false, 32, 1}, {false, 64, 1}, {false, 128, 2},
