@@ -24,29 +24,48 @@ MatmulSchedule schedule_of(const MatmulParams& p, const MatmulTile& tile, bool s
     check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
           " are more tiles than the kernel counts");
     const int group = 2048 / (kMatmulRows * tile.cluster);  // what 132 SMs read of A and B is then about the same
+    const MatmulCut cut = !split ? MatmulCut::none : tile.tokens_are_a ? MatmulCut::slices : MatmulCut::stream_k;
     return matmul_schedule(static_cast<int>(a_tiles), static_cast<int>(b_tiles),
-                           static_cast<int>(ceil_div(row_bytes, 128)), std::max(1, sms / tile.cluster), group, split);
+                           static_cast<int>(ceil_div(row_bytes, 128)), std::max(1, sms / tile.cluster), group, cut);
 }
 
-// What a tactic should take on an H200, in us. The constants were fitted to 2,000 timings (docs/kernels/gemm.md), of
-// which this rule's choices are 3% off the best in geometric mean.
+// What a tactic should take on an H200, in us. The constants were fitted to 928 timings (docs/kernels/gemm.md), of
+// which this rule's choices are 0.7% off the best in geometric mean.
 double predicted_us(const MatmulParams& p, const MatmulTile& tile, bool split, int sms) {
-    constexpr double kTensorCore = 640e6 / 132;  // FLOPs of 16 bits an SM and us; twice that of 8 bits
-    constexpr double kFromL2 = 55e3;             // bytes an SM and us
-    constexpr double kMemory = 4.2e6;            // bytes a us
+    constexpr double kLargestChunk = 0.629;  // us of 128 x 256: the tensor cores at full power
+    constexpr double kFromL2 = 71e3;         // bytes an SM and us
+    constexpr double kMemory = 4.15e6;       // bytes a us
     const double bytes = static_cast<double>(size_bytes(p.dtype));
-    const MatmulSchedule schedule = schedule_of(p, tile, split, sms);
-    const double elements = 128 / bytes, of_largest = tile.columns / 256.0;
-    const double chunk = std::max(2.0 * kMatmulRows * tile.columns * elements / (kTensorCore * (bytes == 1 ? 2 : 1)),
-                                  128.0 * (kMatmulRows + static_cast<double>(tile.columns) / tile.cluster) / kFromL2);
-    const int rounds = static_cast<int>(ceil_div(schedule.tiles(), schedule.workers));
-    const double most = schedule.split_tiles > 0
-                            ? static_cast<double>(schedule.tiles()) * schedule.chunks / schedule.workers
-                            : static_cast<double>(rounds) * schedule.chunks;
+    const MatmulSchedule s = schedule_of(p, tile, split, sms);
+    const double of_largest = tile.columns / 256.0;
+    const int rounds = static_cast<int>(ceil_div(s.tiles(), s.workers));
+    double busiest = 0, more = 1;  // of a worker, in whole tiles
+    double chunk = 128.0 * (kMatmulRows + static_cast<double>(tile.columns) / tile.cluster) / kFromL2;
+    double per_tile = of_largest;
+    if (tile.tokens_are_a) {
+        const bool promotes = p.dtype == DType::e4m3 && tile.columns < 256;
+        chunk = kLargestChunk * of_largest * (tile.columns == 128 ? 1.11 : 1) *
+                (p.scales == MatmulScales::block ? 1.33
+                 : promotes                      ? 1.04
+                                                 : 1);
+        per_tile = 2.7 * of_largest;
+    }
+    if (s.slices > 0) {
+        const int whole = s.tiles() / s.workers,
+                  slices = static_cast<int>(ceil_div(s.split_tiles * s.slices, s.workers));
+        busiest = whole + static_cast<double>(slices) / s.slices;
+        per_tile *= (whole + slices) / busiest;
+        more += 4.7 + 1.8 * of_largest * s.slices;
+    } else if (s.split_tiles > 0) {
+        busiest = static_cast<double>(s.tiles()) / s.workers;
+        per_tile *= rounds / busiest;
+        more += 5 + 8 * of_largest;
+    } else {
+        busiest = rounds;
+    }
     const double memory =
         (p.out_size * p.in_size * bytes + p.num_tokens * (p.in_size * bytes + p.out_size * 2.0)) / kMemory;
-    const double parts = schedule.split_tiles > 0 ? 6 + 8 * of_largest : 2;
-    return std::max(most * chunk, memory) + parts + rounds * of_largest;
+    return std::max(busiest * (s.chunks * chunk + per_tile), memory) + more;
 }
 
 // A tactic that adds fp8 up in 14 bits is only taken when it is asked for.

@@ -105,11 +105,15 @@ def test_the_tactic_of_few_tokens_says_what_it_takes(workspace):
             ops.quantized_linear(**given, tactic=LINEAR_TACTIC, workspace=workspace)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_long_rows(scheme, workspace):
-    """K = 16k: what sums of 14 bits would cost, shows."""
+def test_long_rows(scheme, mean, workspace):
+    """K = 16k: what sums of 14 bits would cost, shows, most of all where no sum is small."""
     for num_tokens in (2, 64, 300):
         given = quantized_operands(scheme, num_tokens, 520, 16384, torch.float16)
+        given["x"] += mean
+        if given["weight_type"] == "e4m3":
+            given["weight"] = (given["weight"].float() + 10 * mean).to(torch.float8_e4m3fn)
         out = ops.quantized_linear(**given, workspace=workspace)
         exact = exact_quantized(given)
         assert_similar(out, exact, 1e-5)

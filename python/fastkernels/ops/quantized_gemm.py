@@ -104,8 +104,8 @@ def quantized_linear(
     e4m3, in fp32. A token's result does not depend on the others.
     On CUDA, where activation is given: bf16 and fp16; scales fp32, 128 x 128 each with "e4m3-block", else a
     row each or one; in_size a multiple of 16. x is quantised into tensors that are allocated. Tactics 0 to 15
-    are for Hopper GPUs; of them 0 to 3 add up fp8 with about 14 bits, the others, and -1, less than 512
-    neighbours at a time. A token's result may depend on how many others there are.
+    are for Hopper GPUs; of them 0 to 3 add up fp8 with about 14 bits, the others, and -1, at most
+    1024 neighbours at a time. A token's result may depend on how many others there are.
     Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
     With activation None on CUDA weights are repacked at every call, which takes far longer than the
     product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
