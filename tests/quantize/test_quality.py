@@ -24,7 +24,7 @@ from fastkernels.quantize.statistics import InputStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEXT_TOKENS, TEXTS, SAMPLES = 1024, 16, 32
+TEXT_TOKENS, SAMPLES = 1024, 32
 GROWTH = {
     "fp8": 0.003,
     "fp8-block": 0.003,
@@ -44,7 +44,7 @@ class Bench:
         checkpoint, tokenizer = Checkpoint(DEMO_FOLDER), Tokenizer(DEMO_FOLDER)
         self.layers = DecoderLayers(checkpoint, TEXT_TOKENS, torch.device("cpu"))
         self.shapes = {name: self.layers.linear_shape(name) for name in self.layers.linears}
-        self.text = evaluation_windows(tokenizer, sequence_length=TEXT_TOKENS, most=TEXTS)
+        self.text = evaluation_windows(tokenizer, sequence_length=TEXT_TOKENS)
         calibration = calibration_windows(tokenizer, samples=SAMPLES, sequence_length=TEXT_TOKENS)
         hidden, self.statistics, self.sensitivity, self.kv_seen = (
             self.layers.embed(calibration.inputs),
