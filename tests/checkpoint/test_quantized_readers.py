@@ -152,7 +152,7 @@ def test_a_checkpoint_is_read_and_served(tmp_path: Path, case: str) -> None:
         torch.testing.assert_close(linears[name].dense(dtype=torch.float64), weight, rtol=1e-6, atol=0)
 
     plan = compile_model(checkpoint.config, stored=linears)
-    steps = [step for step in plan.steps if step.op in ("linear", "quantized_linear")]
+    steps = [step for step in plan.steps if step.op in ("linear", "linear_silu_mul", "quantized_linear")]
     assert len(steps) == 2 * num_linears + 1
     gathers = [step for step in plan.steps if step.op == "gather_columns"]
     permuted = any(linear.permutation is not None for linear in linears.values()) and None not in schemes
