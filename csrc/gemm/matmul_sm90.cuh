@@ -14,8 +14,8 @@
 //   before is waited for. Out passes through shared memory, and from there by TMA, which keeps to the matrix's edges.
 // Sums are fp32, and int32 of int8. wgmma adds up e4m3 with about 14 bits: sums of kPromote chunks, of one where blocks
 // have scales, are added to fp32 registers where there is room for both, that is, but for tiles of 256 columns.
-// At full rate wgmma leaves an SM's schedulers a sixth of their slots. Instructions past that, of whatever kind, cost it
-// a cycle each, so the loop over the chunks has few.
+// At full rate wgmma leaves an SM's schedulers a sixth of their slots. Instructions past that, of whatever kind, cost
+// it a cycle each, so the loop over the chunks has few.
 // A tile that is cut along K: every warpgroup leaves its part in the workspace, and who comes last adds the parts up in
 // their order, so nobody waits, and the same bits come out whoever it is.
 //
