@@ -16,9 +16,9 @@
 // adds up fp8 with about 14 bits: sums of kPromote chunks, of one where blocks have scales, are added to fp32 registers
 // where there is room for both, that is, but for tiles of 256 columns.
 // At full rate wgmma leaves an SM's schedulers a sixth of their slots. Instructions past that, of whatever kind, cost
-// it a cycle each, so the loop over the chunks has few. A tile that is cut along K: every warpgroup leaves its part in
-// the workspace, and who comes last adds the parts up in their order, so nobody waits, and the same bits come out
-// whoever it is.
+// it a cycle each, so the loop over the chunks has few.
+// A tile that is cut along K: every warpgroup leaves its part in the workspace, and who comes last adds the parts up in
+// their order, so nobody waits, and the same bits come out whoever it is.
 //
 // FLOPs: 2 * K an element of out. Bytes: from L2, kN rows of B a cluster and tile, 128 rows of A a block and tile.
 // Source: NVIDIA's CUTLASS (tiles, clusters), Zhao et al. 2025 (DeepGEMM: scales of blocks).
