@@ -222,6 +222,7 @@ struct WeightTileConsumer {
     }
 
     __device__ __forceinline__ void release(int slot) const {
+        __syncwarp();  // all lanes have read it
         if (lane == 0) {
             mbarrier_arrive(shared_address(&shared.empty[slot]));
         }
@@ -379,12 +380,12 @@ struct WeightTileConsumer {
         if constexpr (Shape::kTeams == 2) {
             float4* meet = reinterpret_cast<float4*>(shared.meet) + thread();  // [kSums / 4][256]
             if (team == 1) {
-                named_barrier_sync(7 + group, 256);  // the sums before have been read
 #pragma unroll
                 for (int i = 0; i < kSums / 4; ++i) {
                     meet[i * 256] = make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]);
                 }
-                named_barrier_arrive(5 + group, 256);
+                named_barrier_sync(5 + group, 256);
+                named_barrier_sync(7 + group, 256);  // they have been read
                 if (of_cluster) {
                     named_barrier_arrive(9, Shape::kConsumers * 128);
                 }
@@ -399,7 +400,7 @@ struct WeightTileConsumer {
                 sum[i * 4 + 2] += more.z;
                 sum[i * 4 + 3] += more.w;
             }
-            named_barrier_arrive(7 + group, 256);
+            named_barrier_sync(7 + group, 256);
         }
         return true;
     }
@@ -407,9 +408,6 @@ struct WeightTileConsumer {
     __device__ __forceinline__ void run() {
         const WeightOnlyParams& p = args.p;
         int turn = 0;
-        if (Shape::kTeams == 2 && team == 0) {
-            named_barrier_arrive(7 + group, 256);  // there are no sums yet
-        }
         for (WeightTileWalk walk(args); !walk.ended(); walk.next()) {
             int rows, token_tile;
             walk.place(kN, rows, token_tile);
@@ -456,10 +454,6 @@ struct WeightTileConsumer {
                 }
                 store(d, factor, more, token + i * 16, row, turn++);
             }
-        }
-        // Barriers are left as they were found.
-        if (Shape::kTeams == 2 && team == 1) {
-            named_barrier_sync(7 + group, 256);
         }
         if (Shape::kTeams == 2 && team == 1 && shares_tile(args)) {
             cluster_sync();  // the first team's sums

@@ -106,7 +106,8 @@ def unpack(weight: ops.RepackedWeight) -> torch.Tensor:
                             code = half >> 4 * i & 15
                         else:
                             places = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))[i]
-                            code = sum((half >> place & 1) << 3 - n for n, place in enumerate(places))
+                            bits_of = [(half >> place & 1) << 3 - n for n, place in enumerate(places)]
+                            code = torch.stack(bits_of).sum(0)
                         of.append((i, low, code))
             for i, low, code in of:
                 row, at_k = g + i % 2 * 8, k + i // 2 * pair_2 + low

@@ -242,7 +242,8 @@ def _as_pieces(values: Tensor) -> Tensor:
     """[tiles, chunk, u, 8 (g), 4 (t), ...] -> [tiles, chunk, bytes]; the lane of g, t is at t ^ g / 2."""
     lane = torch.arange(32, device=values.device)
     place = lane ^ lane // 8  # its own inverse
-    return _as_bytes(values.flatten(3, 4)[:, :, :, place])
+    by_lane = values.flatten(3, 4).flatten(4).contiguous().view(torch.uint8)
+    return by_lane[:, :, :, place].flatten(2)
 
 
 def _as_bytes(values: Tensor) -> Tensor:
