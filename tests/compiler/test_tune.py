@@ -152,7 +152,7 @@ def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
     assert {tactic.number for tactic in tactics_of(product, num_tokens, AMPERE)} == (
         {LINEAR_TACTIC, *for_any} if streams else for_any
     )
-    assert rule(product, num_tokens) == Tactic("matmul", -1)
+    assert rule(product, num_tokens) == Tactic("matmul", LINEAR_TACTIC if num_tokens <= 8 else -1)
 
 
 def test_tactics_by_name():

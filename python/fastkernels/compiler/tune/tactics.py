@@ -108,7 +108,9 @@ def products_of(
 def rule(product: Product, num_tokens: int) -> Tactic:
     """What is taken where nothing was timed."""
     if product.op == "matmul":
-        return Tactic("matmul", -1)
+        # Up to 8 tokens -1 is this one too; by its name the tuner knows its time.
+        streams = num_tokens <= 8 and _streams_bytes(product, num_tokens)
+        return Tactic("matmul", LINEAR_TACTIC if streams else -1)
     if product.op == "quantized_linear":
         return Tactic("weight_only_linear", 0)
     return STREAM if _streams(product, num_tokens) else TORCH
@@ -166,10 +168,14 @@ def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, in
         ]
     else:
         tiles = [Tactic("matmul", FIRST_SM80_TACTIC + index) for index in range(len(MATMUL_SM80_TILES))]
+    return [*tiles, Tactic("matmul", LINEAR_TACTIC)] if _streams_bytes(product, num_tokens) else tiles
+
+
+def _streams_bytes(product: Product, num_tokens: int) -> bool:
+    """Whether the tactic of few tokens takes a product of ``matmul``."""
     few = ops.LINEAR_MAX_TOKENS
     most = {"e4m3-block": 8, "e5m2": 8, "e4m3": few, "int8": few, WITH_ZEROS: few}
-    streams = num_tokens <= most.get(product.weight, 0) and product.in_size % 16 == 0
-    return [*tiles, Tactic("matmul", LINEAR_TACTIC)] if streams else tiles
+    return num_tokens <= most.get(product.weight, 0) and product.in_size % 16 == 0
 
 
 def _computes(tile: MatmulTile, weight: str) -> bool:
