@@ -16,8 +16,8 @@ struct MatmulTile {
 };
 inline constexpr int kMatmulRows = 128;
 
-// The tactics: tile t with whole tiles is 2t, with some cut along K 2t + 1. Then linear's kernel for few tokens, and the
-// tiles of matmul_sm80.h, which are for any GPU.
+// The tactics: tile t with whole tiles is 2t, with some cut along K 2t + 1. Then linear's kernel for few tokens, and
+// the tiles of matmul_sm80.h, which are for any GPU.
 inline constexpr MatmulTile kMatmulTiles[] = {
     {true, 256, 2}, {true, 256, 1}, {true, 192, 2}, {true, 128, 2},
     {true, 128, 1}, {false, 32, 1}, {false, 64, 1}, {false, 128, 2},
