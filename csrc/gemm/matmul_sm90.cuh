@@ -266,8 +266,14 @@ struct Consumer {
     const uint32_t a_to_b;                      // what makes it that of B
     RingPlace<Shape::kSlots> ring;
 
+    // With scales of blocks by every lane, which has read some.
     __device__ __forceinline__ void release(uint32_t slot) {
-        if constexpr (kCluster == 1) {
+        if constexpr (Shape::kByBlock) {
+            mbarrier_arrive(full + (Shape::kSlots + slot) * 8);
+            if (kCluster > 1 && lane < kCluster && lane != rank) {
+                mbarrier_arrive_in_block(full + (Shape::kSlots + slot) * 8, lane);
+            }
+        } else if constexpr (kCluster == 1) {
             if (lane == 0) {
                 mbarrier_arrive(full + (Shape::kSlots + slot) * 8);
             }
@@ -363,7 +369,6 @@ struct Consumer {
         }
         wgmma_wait<0>();
         wgmma_hold(part);
-        __syncwarp();  // all lanes have read the scales
         release(ring.slot());
         ring.next();
 #pragma unroll
@@ -720,7 +725,8 @@ __global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kScales, k
         tma_prefetch_map(args.out_map);
         for (int i = 0; i < Shape::kSlots; ++i) {
             mbarrier_init(shared_address(&shared.full[i]), Shape::kByBlock ? 1 + 32 : 1);
-            mbarrier_init(shared_address(&shared.empty[i]), Shape::kConsumers * 4 * kCluster);
+            mbarrier_init(shared_address(&shared.empty[i]),
+                          Shape::kConsumers * 4 * (Shape::kByBlock ? 32 + kCluster - 1 : kCluster));
         }
         mbarrier_init_fence();
     }

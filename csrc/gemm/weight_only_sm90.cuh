@@ -222,10 +222,7 @@ struct WeightTileConsumer {
     }
 
     __device__ __forceinline__ void release(int slot) const {
-        __syncwarp();  // all lanes have read it
-        if (lane == 0) {
-            mbarrier_arrive(shared_address(&shared.empty[slot]));
-        }
+        mbarrier_arrive(shared_address(&shared.empty[slot]));
     }
 
     // The registers are ready here, and not where they are used.
@@ -384,23 +381,23 @@ struct WeightTileConsumer {
                 for (int i = 0; i < kSums / 4; ++i) {
                     meet[i * 256] = make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]);
                 }
-                named_barrier_sync(5 + group, 256);
-                named_barrier_sync(7 + group, 256);  // they have been read
-                if (of_cluster) {
-                    named_barrier_arrive(9, Shape::kConsumers * 128);
-                }
-                return false;
             }
             named_barrier_sync(5 + group, 256);
+            if (team == 0) {
 #pragma unroll
-            for (int i = 0; i < kSums / 4; ++i) {
-                const float4 more = meet[i * 256];
-                sum[i * 4] += more.x;
-                sum[i * 4 + 1] += more.y;
-                sum[i * 4 + 2] += more.z;
-                sum[i * 4 + 3] += more.w;
+                for (int i = 0; i < kSums / 4; ++i) {
+                    const float4 more = meet[i * 256];
+                    sum[i * 4] += more.x;
+                    sum[i * 4 + 1] += more.y;
+                    sum[i * 4 + 2] += more.z;
+                    sum[i * 4 + 3] += more.w;
+                }
             }
-            named_barrier_sync(7 + group, 256);
+            named_barrier_sync(7 + group, 256);  // they have been read
+            if (team == 1 && of_cluster) {
+                named_barrier_arrive(9, Shape::kConsumers * 128);
+            }
+            return team == 0;
         }
         return true;
     }
@@ -476,7 +473,7 @@ __global__ void __launch_bounds__(WeightTileShape<F, kN>::kThreads, 1)
         tma_prefetch_map(args.x_map);
         for (int i = 0; i < Shape::kSlots; ++i) {
             mbarrier_init(shared_address(&shared.full[i]), 1);
-            mbarrier_init(shared_address(&shared.empty[i]), 8);  // a team's warps
+            mbarrier_init(shared_address(&shared.empty[i]), 8 * 32);  // a team's lanes, each of which has read it
         }
         mbarrier_init_fence();
     }
