@@ -49,10 +49,7 @@ def quantize(
     kv: Annotated[str | None, typer.Option(help="Scales for a KV cache of 8 bits: fp8 or int8.")] = None,
     kv_range: Annotated[
         str | None,
-        typer.Option(
-            help="How their range is chosen: min-max, percentile, mse or entropy; by default mse for fp8, "
-            "min-max for int8."
-        ),
+        typer.Option(help="How their range is chosen: min-max (the default), percentile, mse or entropy."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="FILE.jsonl or FILE.txt with texts like those the model will see.")

@@ -13,10 +13,8 @@ from fastkernels.quantize.ranges import Estimator, estimate_range, scale_of
 
 KV_TYPES = {"fp8": "e4m3", "int8": "int8"}
 # What is kept free above the range: keys that are clipped are those that decide attention, and other texts
-# have larger ones. e4m3 is as fine for a wide range as for a narrow one, but for where its steps double.
+# have larger ones. e4m3 is as fine for a wide range as for a narrow one.
 HEADROOM = {"fp8": 2.0, "int8": 1.25}
-RANGES: dict[str, Estimator] = {"fp8": "mse", "int8": "min-max"}
-"""How a range is taken from the values unless it is said."""
 _VALUES = 1 << 15  # that are kept of a call; an odd step takes them from every head and dimension
 
 
@@ -33,12 +31,12 @@ class KVObserver(KVRounding):
         return x
 
     def scales(self, cache: str, estimator: Estimator | None = None) -> dict[str, Tensor]:
-        """ "k" and "v" -> fp32 [1], what a code of 1 stands for. estimator: None: that of RANGES."""
+        """ "k" and "v" -> fp32 [1], what a code of 1 stands for. estimator: None: "min-max"."""
         weight_type = KV_TYPES[cache]
         found = {}
         for which, seen in self._seen.items():
             values = torch.cat(seen)[None]
-            _, high = estimate_range(values, estimator or RANGES[cache], weight_type=weight_type)
+            _, high = estimate_range(values, estimator or "min-max", weight_type=weight_type)
             found[which] = scale_of(high * HEADROOM[cache], weight_type)
         return found
 

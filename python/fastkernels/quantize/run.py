@@ -101,8 +101,8 @@ def quantize_checkpoint(
 
     scheme:      of ``quantize.methods.METHODS``
     kv:          "fp8" or "int8": scales for a KV cache of 8 bits beside it
-    kv_range:    how their range is taken from the values seen: of ``quantize.ranges.ESTIMATORS``; None: "mse"
-                 for fp8, "min-max" for int8
+    kv_range:    how their range is taken from the values seen: of ``quantize.ranges.ESTIMATORS``; None:
+                 "min-max"
     calibration: FILE.jsonl or FILE.txt, see ``quantize.calibration``; read where an algorithm needs inputs
     exclude, keep: see ``quantize.methods.assign_methods``
     target_bits: of a weight on average: linears that are worth it get int8-weight instead of the scheme
