@@ -1,0 +1,129 @@
+// The producer of matmul_sm90: TMA, and a warp of its own for scales of blocks.
+#pragma once
+
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/cp_async_mbarrier.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/pdl.cuh"
+#include "common/ptx/tma.cuh"
+#include "common/ptx/uniform.cuh"
+#include "gemm/matmul_sm90_shared.cuh"
+
+namespace fastkernels {
+namespace {
+
+template <typename Shape, bool kTokensAreA, int kN, int kCluster>
+__device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Shape>& shared, int worker, int rank) {
+    constexpr int kColumns = kN / kCluster;  // of B that this block loads
+    const uint32_t slots = keep(shared_address(shared.ring)), full_barriers = keep(shared_address(shared.full)),
+                   empty_barriers = keep(shared_address(shared.empty));
+    const MatmulSchedule& schedule = args.schedule;
+    // Of few tokens the weight passes through L2 once; x and the parts of tiles are to stay there.
+    constexpr uint64_t kWeightPolicy = kTokensAreA ? kEvictNormal : kEvictFirst, kXPolicy = kEvictNormal;
+
+    const auto load_a = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
+        tma_load(slots + slot * Shape::kSlotBytes, args.a_map, chunk * Shape::kElements,
+                 (place.a * kCluster + rank) * kMatmulRows, full_barriers + slot * 8,
+                 kTokensAreA ? kXPolicy : kWeightPolicy);
+    };
+    const auto load_b = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
+        const uint32_t b = slots + slot * Shape::kSlotBytes + Shape::kABytes + rank * (kColumns * 128);
+        const int x = chunk * Shape::kElements, y = place.b * kN + rank * kColumns;
+        const uint32_t full = full_barriers + slot * 8;
+        constexpr uint64_t kPolicy = kTokensAreA ? kWeightPolicy : kXPolicy;
+        if constexpr (kCluster == 1) {
+            tma_load(b, args.b_map, x, y, full, kPolicy);
+        } else {
+            tma_load_multicast(b, args.b_map, x, y, full, (1 << kCluster) - 1, kPolicy);
+        }
+    };
+    const auto load_weight = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
+        // Both operands' bytes, this block's and the others', are announced at once.
+        mbarrier_arrive_expect_bytes(full_barriers + slot * 8, Shape::kSlotBytes);
+        if constexpr (kTokensAreA) {
+            load_b(slot, place, chunk);
+        } else {
+            load_a(slot, place, chunk);
+        }
+    };
+    const auto load_x = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
+        if constexpr (kTokensAreA) {
+            load_a(slot, place, chunk);
+        } else {
+            load_b(slot, place, chunk);
+        }
+    };
+
+    MatmulSegment segment;
+    int early = 0;  // chunks whose weight is under way before anything else
+    if (args.constant_weight) {
+        MatmulWalk walk(schedule, worker);
+        while (early < Shape::kSlots && walk.next(schedule, segment)) {
+            const MatmulPlace place = schedule.place(segment.tile);
+            for (int chunk = segment.begin; chunk < segment.end && early < Shape::kSlots; ++chunk, ++early) {
+                load_weight(early, place, chunk);
+            }
+        }
+    }
+    pdl_wait();
+    pdl_launch_dependents();
+    RingPlace<Shape::kSlots> ring;
+    MatmulWalk walk(schedule, worker);
+    while (walk.next(schedule, segment)) {
+        const MatmulPlace place = schedule.place(segment.tile);
+        for (int chunk = segment.begin; chunk < segment.end; ++chunk) {
+            if (early > 0) {
+                --early;
+            } else {
+                mbarrier_wait(empty_barriers + ring.slot() * 8, ring.parity() ^ 1);
+                load_weight(ring.slot(), place, chunk);
+            }
+            load_x(ring.slot(), place, chunk);
+            ring.next();
+        }
+    }
+}
+
+// Scales of blocks, a warp: those of each chunk arrive at its full barrier too, one arrival a lane.
+template <typename Shape, bool kTokensAreA, int kN, int kCluster>
+__device__ __forceinline__ void produce_scales(const MatmulArgs& args, MatmulShared<Shape>& shared, int worker,
+                                               int rank) {
+    constexpr int kEach = Shape::kTokens / 32;
+    const int lane = threadIdx.x % 32, chunks = args.schedule.chunks;
+    const uint32_t scales = keep(shared_address(shared.chunk_scales) + lane * 4),
+                   full = keep(shared_address(shared.full)), empty = keep(shared_address(shared.empty));
+    pdl_wait();
+    RingPlace<Shape::kSlots> ring;
+    MatmulWalk walk(args.schedule, worker);
+    MatmulSegment segment;
+    while (walk.next(args.schedule, segment)) {
+        const MatmulPlace place = args.schedule.place(segment.tile);
+        const int a_row = (place.a * kCluster + rank) * kMatmulRows, b_row = place.b * kN;
+        // Where their scales of the chunk are. 32 bits do: x has 128 elements for each.
+        uint32_t token[kEach], weight;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int row = min((kTokensAreA ? a_row : b_row) + i * 32 + lane, args.num_tokens - 1);
+            token[i] = static_cast<uint32_t>(row) * chunks + segment.begin;
+        }
+        const int weight_row = min((kTokensAreA ? b_row : a_row) + lane % Shape::kPieces * 64, args.out_size - 1);
+        weight = static_cast<uint32_t>(weight_row / 128) * chunks + segment.begin;
+        for (int chunk = segment.begin; chunk < segment.end; ++chunk) {
+            mbarrier_wait(empty + ring.slot() * 8, ring.parity() ^ 1);
+            const uint32_t to = scales + ring.slot() * (Shape::kChunkScales * 4);
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                cp_async_4(to + i * 128, args.token_scales + token[i]++);
+            }
+            if (lane < Shape::kPieces) {
+                cp_async_4(to + Shape::kTokens * 4, args.weight_scales + weight);
+            }
+            ++weight;
+            cp_async_arrive(uniform(full + ring.slot() * 8));
+            ring.next();
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fastkernels

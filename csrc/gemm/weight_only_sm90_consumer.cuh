@@ -1,0 +1,275 @@
+// A consumer warpgroup of weight_only_sm90: unpacks W, multiplies, and hands the sums on to whoever stores them.
+#pragma once
+
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/cp_async.cuh"
+#include "common/ptx/mbarrier.cuh"
+#include "common/ptx/mma.cuh"
+#include "common/ptx/stmatrix.cuh"
+#include "common/ptx/wgmma_rs.cuh"
+#include "gemm/weight_only_sm90_producer.cuh"
+
+namespace fastkernels {
+namespace {
+
+template <typename T, typename F, int kN>
+struct WeightTileConsumer {
+    using Shape = WeightTileShape<F, kN>;
+    static constexpr int kSums = kN / 2;
+    static constexpr int kUnits16 = kN / 16;  // of tokens
+    // Wgmmas whose sums are multiplied by one scale, and added.
+    static constexpr int kPart = F::kScaleSteps == 0 ? 8 : F::kScaleSteps * 2;
+
+    const WeightOnlyTileArgs& args;
+    WeightTileShared<Shape>& shared;
+    const int team, group, warp, lane;  // group: the warpgroup of the team
+    const InOrder order;
+    WeightRingPlace<Shape::kSlots> ring;
+
+    __device__ __forceinline__ const char* unit(int slot) const {
+        return shared.weight[slot] + (group * 4 + warp) * Shape::kUnitBytes;
+    }
+
+    __device__ __forceinline__ void wait_full() const {
+        mbarrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
+    }
+
+    __device__ __forceinline__ void release(int slot) const {
+        mbarrier_arrive(shared_address(&shared.empty[slot]));
+    }
+
+    // The registers are ready here, and not where they are used.
+    __device__ __forceinline__ void unpack(uint32_t (&a)[4][4], int slot, int half) const {
+        Half words;
+        F::load_half(words, unit(slot), half, order);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            F::template unpack_operand<T>(words, m, order, a[m]);
+            wgmma_hold(a[m]);
+        }
+    }
+
+    // part (+)= operands kFrom to kTo - 1 of a half; kFirst: a part begins.
+    template <int kFrom, int kTo, bool kFirst>
+    __device__ __forceinline__ void issue(float (&part)[kSums], const uint32_t (&a)[4][4], int slot, int half) const {
+        const uint64_t b = wgmma_k_major(shared_address(shared.x[slot]) + half * Shape::kPanelBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int m = kFrom; m < kTo; ++m) {
+            wgmma_rs_k_major<T, kN>(part, a[m], b + m * (32 >> 4), !(kFirst && m == kFrom));
+        }
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void add(float (&sum)[kSums], const float (&part)[kSums], float2 scale) const {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            if constexpr (F::kScaleSteps == 0) {
+                sum[i] += part[i];
+            } else {
+                sum[i] = fmaf(part[i], i % 4 < 2 ? scale.x : scale.y, sum[i]);
+            }
+        }
+    }
+
+    // sum = W x^T of this team's chunks of a tile, the next num_chunks in the ring.
+    __device__ __forceinline__ void multiply(float (&sum)[kSums], int num_chunks) {
+        uint32_t even[4][4], odd[4][4];  // operands of the halves of a chunk
+        float part[kSums];
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            sum[i] = 0.0f;
+        }
+        int i = min(team, num_chunks);
+        ring.advance(i);
+        if (i < num_chunks) {
+            wait_full();
+            unpack(even, ring.slot, 0);
+        }
+        while (i < num_chunks) {
+            const int slot = ring.slot, next = min(i + Shape::kTeams, num_chunks);
+            const uint32_t full = shared_address(&shared.full[slot]), parity = ring.parity;
+            float2 scale[8 / kPart];
+#pragma unroll
+            for (int of = 0; of < 8 / kPart; ++of) {
+                scale[of] = F::scale(unit(slot) + F::kPieces * 512, of, order.g);
+            }
+            ring.advance(next - i);
+            i = next;
+            const auto unpack_odd = [&] {
+                // Passes at once. Without a branch here the compiler puts the unpacking in the middle of the wgmmas
+                // before it, and the tensor cores wait.
+                mbarrier_wait(full, parity);
+                unpack(odd, slot, 1);
+            };
+            const auto unpack_next = [&] {
+                if (i < num_chunks) {
+                    wait_full();
+                    unpack(even, ring.slot, 0);
+                }
+            };
+            const auto await_part = [&] {
+                wgmma_wait<0>();
+                wgmma_hold(part);
+            };
+            const auto finish = [&](float2 of) {
+                await_part();
+                add(sum, part, of);
+            };
+            if constexpr (kPart == 8) {
+                issue<0, 4, true>(part, even, slot, 0);
+                unpack_odd();
+                issue<0, 4, false>(part, odd, slot, 1);
+                wgmma_wait<1>();
+                unpack_next();
+            } else if constexpr (kPart == 4) {
+                issue<0, 4, true>(part, even, slot, 0);
+                unpack_odd();
+                finish(scale[0]);
+                issue<0, 4, true>(part, odd, slot, 1);
+                unpack_next();
+            } else {
+                issue<0, 2, true>(part, even, slot, 0);
+                unpack_odd();
+                finish(scale[0]);
+                issue<2, 4, true>(part, even, slot, 0);
+                finish(scale[1]);
+                issue<0, 2, true>(part, odd, slot, 1);
+                unpack_next();
+                finish(scale[2]);
+                issue<2, 4, true>(part, odd, slot, 1);
+            }
+            await_part();
+            release(slot);
+            add(sum, part, scale[8 / kPart - 1]);
+        }
+    }
+
+    __device__ __forceinline__ void sync_group() const {
+        named_barrier_sync(1 + group, 128);  // of the first team
+    }
+
+    // 16 tokens' sums, transposed by way of shared memory; `turn` counts calls.
+    __device__ __forceinline__ void store(const float (&d)[8], const float (&factor)[2], const float (&more)[2],
+                                          int64_t token, int64_t row, int turn) const {
+        const WeightOnlyParams& p = args.p;
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            pairs[i] = pack_pair<T>(fmaf(d[i * 2], factor[i % 2], more[i % 2]),
+                                    fmaf(d[i * 2 + 1], factor[i % 2], more[i % 2]));
+        }
+        unsigned char* panel = shared.out[group][turn % 2];
+        const int thread = threadIdx.x % 128;
+        stmatrix_x4_transposed(
+            shared_address(panel) + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16,
+            pairs[0], pairs[1], pairs[2], pairs[3]);
+        sync_group();
+        const int of = thread / 8;
+        const auto piece = reinterpret_cast<const uint4*>(panel + of * 128 + (thread % 8 ^ of % 8) * 16);
+        token += of;
+        row += thread % 8 * 8;
+        if (token < p.num_tokens) {
+            T* out = static_cast<T*>(p.out) + token * p.out_token_stride + row;
+            if (args.wide_out && row + 8 <= p.out_size) {
+                *reinterpret_cast<uint4*>(out) = *piece;
+            } else {
+                for (int i = 0; i < 8 && row + i < p.out_size; ++i) {
+                    out[i] = reinterpret_cast<const T*>(piece)[i];
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ int thread() const {  // of the team
+        return group * 128 + static_cast<int>(threadIdx.x) % 128;
+    }
+
+    // The second team hands its sums to the first. True for the first.
+    __device__ __forceinline__ bool add_teams(float (&sum)[kSums], bool of_cluster) const {
+        if constexpr (Shape::kTeams == 2) {
+            float4* meet = reinterpret_cast<float4*>(shared.meet) + thread();  // [kSums / 4][256]
+            if (team == 1) {
+#pragma unroll
+                for (int i = 0; i < kSums / 4; ++i) {
+                    meet[i * 256] = make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]);
+                }
+            }
+            named_barrier_sync(5 + group, 256);
+            if (team == 0) {
+#pragma unroll
+                for (int i = 0; i < kSums / 4; ++i) {
+                    const float4 more = meet[i * 256];
+                    sum[i * 4] += more.x;
+                    sum[i * 4 + 1] += more.y;
+                    sum[i * 4 + 2] += more.z;
+                    sum[i * 4 + 3] += more.w;
+                }
+            }
+            named_barrier_sync(7 + group, 256);  // they have been read
+            if (team == 1 && of_cluster) {
+                named_barrier_arrive(9, Shape::kConsumers * 128);
+            }
+            return team == 0;
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ void run() {
+        const WeightOnlyParams& p = args.p;
+        int turn = 0;
+        for (WeightTileWalk walk(args); !walk.ended(); walk.next()) {
+            int rows, token_tile;
+            walk.place(kN, rows, token_tile);
+            const int64_t row = static_cast<int64_t>(rows) * kWeightTileRows + group * 64;
+            const int64_t token = static_cast<int64_t>(token_tile) * kN;
+            float factor[2], more[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int64_t n = min(row + warp * 16 + order.g + half * 8, p.out_size - 1);
+                factor[half] = p.row_factors[n] * F::template kLeftOut<T>;
+                more[half] = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[n]);
+            }
+            float sum[kSums];
+            multiply(sum, walk.num_chunks);
+            if (!add_teams(sum, walk.shared)) {
+                continue;
+            }
+            if (!walk.shared) {
+#pragma unroll
+                for (int i = 0; i < kUnits16; ++i) {
+                    const float* d = sum + i * 8;
+                    store({d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]}, factor, more, token + i * 16, row, turn++);
+                }
+                continue;
+            }
+            // The block's last tile. Its ring is done with once all warpgroups are.
+            float4* kept = reinterpret_cast<float4*>(shared.x) + thread();  // [kSums / 4][256]
+            named_barrier_sync(9, Shape::kConsumers * 128);
+#pragma unroll
+            for (int i = 0; i < kSums / 4; ++i) {
+                kept[i * 256] = make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]);
+            }
+            cluster_sync();
+            const int rank = cluster_rank();
+            for (int i = kUnits16 * rank / args.cluster; i < kUnits16 * (rank + 1) / args.cluster; ++i) {
+                float d[8] = {};
+                for (int other = 0; other < args.cluster; ++other) {
+                    const float4 x = *in_block(kept + i * 512, other), y = *in_block(kept + i * 512 + 256, other);
+                    const float both[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) {
+                        d[e] += both[e];
+                    }
+                }
+                store(d, factor, more, token + i * 16, row, turn++);
+            }
+        }
+        if (Shape::kTeams == 2 && team == 1 && shares_tile(args)) {
+            cluster_sync();  // the first team's sums
+        }
+    }
+};
+
+}  // namespace
+}  // namespace fastkernels
