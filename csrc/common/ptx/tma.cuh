@@ -29,7 +29,7 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     return encode;
 }
 
-// A tensor of 3 dimensions, innermost first and contiguous, in boxes of [box[0], box[1], box[2]] elements, rows of 128 bytes.
+// A tensor of 3 dimensions, innermost first and contiguous, in boxes of box elements, rows of 128 bytes.
 struct TensorMap3d {
     const void* address;  // aligned to 16 bytes
     CUtensorMapDataType type;
