@@ -151,3 +151,10 @@ def test_the_console_script_has_the_same_as_a_subcommand(expected: str) -> None:
     assert "generate" in listing and "inspect" in listing and "--install-completion" in listing
     assert "Examples" in CliRunner().invoke(cli.app, ["generate", "--help"]).stdout
     assert CliRunner().invoke(cli.app, ["--version"]).stdout.strip() == fastkernels.__version__
+
+
+def test_a_warning_is_one_line_on_stderr() -> None:
+    result = run("--prompt", "x", "--max-tokens", "1", "--device", "cpu", "--kv-cache-dtype", "fp8")
+    assert result.returncode == 0
+    assert "warning: the checkpoint has no scales for an FP8 KV cache" in result.stderr
+    assert "UserWarning" not in result.stderr and "build.py" not in result.stderr

@@ -1,8 +1,9 @@
-"""What every command shows on stderr: progress while it loads, and one sentence when it fails."""
+"""What every command shows on stderr: progress while it loads, a line a warning, a sentence when it fails."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,7 +38,10 @@ def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def failing_clearly() -> Iterator[None]:
-    """Turns what a user can mend into one sentence on stderr and exit code 2; Ctrl-C into 130."""
+    """Turns what a user can mend into one sentence on stderr and exit code 2; Ctrl-C into 130. A warning is a
+    sentence too."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         yield
     except (ValueError, MemoryError, NotImplementedError) as error:
@@ -50,6 +54,8 @@ def failing_clearly() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         raise SystemExit(0) from None
+    finally:
+        warnings.formatwarning = before
 
 
 def _is_ours(error: BaseException) -> bool:

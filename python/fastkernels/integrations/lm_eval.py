@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_eval import utils  # type: ignore[import,unused-ignore]
+try:
+    from lm_eval import utils  # type: ignore[import,unused-ignore]
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("lm-eval is not installed; try: pip install 'fastkernels[lm-eval]'") from error
 from lm_eval.api.model import TemplateLM  # type: ignore[import,unused-ignore]
 from lm_eval.api.registry import register_model  # type: ignore[import,unused-ignore]
 
