@@ -221,9 +221,12 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         block_exclusive_scan(key_blocks[i], &all_key_blocks[i], scratch);
+    }
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+        const auto blocks = static_cast<int64_t>(i == 0 ? all_key_blocks[0] : all_key_blocks[1]);
         const int64_t target = a.lists[i].target;
-        const int64_t share = max(static_cast<int64_t>(a.lists[i].min_split_blocks),
-                                  (static_cast<int64_t>(all_key_blocks[i]) + target - 1) / target);
+        const int64_t share = max(static_cast<int64_t>(a.lists[i].min_split_blocks), (blocks + target - 1) / target);
         const int64_t blocks_per_split = fit_target(share, i, static_cast<int>(num_tiles), first_tile, a, scratch);
         const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
         if (thread == 0) {
