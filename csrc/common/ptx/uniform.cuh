@@ -17,18 +17,4 @@ __device__ __forceinline__ uint32_t uniform(uint32_t x) {
     return __shfl_sync(0xffffffffu, keep(x), 0);
 }
 
-// True for one lane of a whole warp. Unlike a comparison of the lane it lets the compiler know that what depends on
-// it is run by one thread alone, so that TMA's operands need no loop over the lanes.
-__device__ __forceinline__ bool elect_one() {
-    uint32_t elected;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "elect.sync _|p, 0xffffffff;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(elected));
-    return elected != 0;
-}
-
 }  // namespace fastkernels
