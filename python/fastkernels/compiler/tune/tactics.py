@@ -108,7 +108,7 @@ def products_of(
 def rule(product: Product, num_tokens: int) -> Tactic:
     """What is taken where nothing was timed."""
     if product.op == "matmul":
-        # Up to 8 tokens -1 is this one too; by its name the tuner knows its time.
+        # Up to 8 tokens -1 is this one too; by its name it is timed once.
         streams = num_tokens <= 8 and _streams_bytes(product, num_tokens)
         return Tactic("matmul", LINEAR_TACTIC if streams else -1)
     if product.op == "quantized_linear":
@@ -117,11 +117,12 @@ def rule(product: Product, num_tokens: int) -> Tactic:
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
-    """All that are worth timing for so many tokens on a GPU of this compute capability, in a fixed order."""
+    """The rule's and all others that are worth timing for so many tokens on a GPU of this compute capability,
+    in a fixed order."""
     if product.op == "matmul":
-        return _matmul_tactics(product, num_tokens, capability)
+        return _with(rule(product, num_tokens), _matmul_tactics(product, num_tokens, capability))
     if product.op == "quantized_linear":
-        return _weight_only_tactics(num_tokens, capability)
+        return _with(rule(product, num_tokens), _weight_only_tactics(num_tokens, capability))
     tactics = [TORCH]
     if _streams(product, num_tokens):
         tactics.append(STREAM)
@@ -139,6 +140,12 @@ def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 def _streams(product: Product, num_tokens: int) -> bool:
     """Whether ``ops.linear`` takes it without a tactic."""
     return num_tokens <= ops.LINEAR_MAX_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+
+
+def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
+    """The rule's is timed by the name the rule has for it, whichever of the others it comes to. The only one is
+    the rule's."""
+    return tactics if plain in tactics or len(tactics) == 1 else [plain, *tactics]
 
 
 def _weight_only_tactics(num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
