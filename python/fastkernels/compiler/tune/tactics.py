@@ -143,8 +143,8 @@ def _streams(product: Product, num_tokens: int) -> bool:
 
 
 def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
-    """The rule's is timed by the name the rule has for it, whichever of the others it comes to. The only one is
-    the rule's."""
+    """The rule's is timed by the name the rule has for it, whichever of the others it comes to. The only one
+    is the rule's."""
     return tactics if plain in tactics or len(tactics) == 1 else [plain, *tactics]
 
 
