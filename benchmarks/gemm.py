@@ -1,4 +1,7 @@
-"""linear, weight_only_linear, and the Hopper kernel of large products, at Llama-3.1-8B's shapes."""
+"""linear, linear_silu_mul, weight_only_linear and matmul, at Llama-3.1-8B's shapes.
+
+The last two also by the kernels that any GPU from compute capability 8.0 on runs, where Hopper's are at hand.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,31 @@ from benchmarks.harness import Call, Case, Row, run_cases
 from benchmarks.peers import vllm_name, vllm_ops
 from benchmarks.shapes import Shapes, shapes_for, tokens_label
 from fastkernels import ops
-from fastkernels.ops.gemm import matmul, matmul_workspace
+from fastkernels.ops import reference
+from fastkernels.ops.gemm import FIRST_SM80_TACTIC, matmul, matmul_workspace
 from fastkernels.quantize import Repacked, find_scheme
 
 _TOKENS = {  # of matmul, by type
     "bf16": (64, 128, 512, 2048, 8192),
     "fp8": (1, 16, 64, 512, 2048, 8192),
     "fp8 block": (64,),
-    "int8": (1, 64, 512, 2048, 8192),
+    "int8": (1, 16, 64, 512, 2048, 8192),
 }
+_TOKENS_OF_ANY_GPU = (64, 2048)
+_BYTES = ("fp8", "fp8 block", "int8")  # types of matmul that any GPU takes
 WEIGHT_ONLY = ("int4", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
 
 
 class Inputs(NamedTuple):
     x: torch.Tensor  # [num_tokens, in_size]
     weight: torch.Tensor  # [out_size, in_size]
+    out: torch.Tensor  # [num_tokens, out_size]
+
+
+class GatedInputs(NamedTuple):
+    x: torch.Tensor  # [num_tokens, in_size]
+    weight: torch.Tensor  # [2 * out_size, in_size], gate's rows, then up's
+    both: torch.Tensor  # [num_tokens, 2 * out_size], for peers of two kernels
     out: torch.Tensor  # [num_tokens, out_size]
 
 
@@ -67,7 +80,9 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for num_tokens in (1, 16) if quick else (1, 8, 16):
         for name, (out_size, in_size) in _products(shapes).items():
             yield _case(name, num_tokens, out_size, in_size, shapes.dtype, device)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        yield _gated_case(num_tokens, shapes, device)
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    if is_hopper:
         workspace = matmul_workspace(device)
         for kind, tokens in _TOKENS.items():
             for num_tokens in tokens[1:3] if quick else tokens:
@@ -77,6 +92,7 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
             yield _matmul_case(kind, "deepseek", 4096, 7168, 16384, device, workspace)
     if device.type != "cuda":
         return
+    yield from _cases_of_any_gpu(shapes, device, is_hopper, quick)
     for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
         first = scheme == WEIGHT_ONLY[0]
         most = (1, 16, 32, 64, 128, 512, 2048) if first else (1, 64, 512)
@@ -84,6 +100,21 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
             products = list(_products(shapes).items())[: 5 if first and num_tokens < 64 else 4]
             for name, (out_size, in_size) in products:
                 yield _weight_only_case(scheme, name, num_tokens, out_size, in_size, shapes.dtype, device)
+
+
+def _cases_of_any_gpu(shapes: Shapes, device: torch.device, is_hopper: bool, quick: bool) -> Iterator[Case]:
+    """By the rule of GPUs that are not Hopper's."""
+    products, workspace = _products(shapes), matmul_workspace(device)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    for kind in _BYTES[:1] if quick else _BYTES:
+        for num_tokens in _TOKENS_OF_ANY_GPU:
+            for name in ("qkv", "gate_up"):
+                out_size, in_size = products[name]
+                tiles = math.ceil(num_tokens / 128) * math.ceil(out_size / 128)
+                tactic = FIRST_SM80_TACTIC + (tiles < num_sms) if is_hopper else -1
+                yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace, tactic)
+    for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:  # for one token Hopper's rule has it too
+        yield _weight_only_case(scheme, "gate_up", 64, *products["gate_up"], shapes.dtype, device, tactic=1)
 
 
 def _case(
@@ -105,6 +136,36 @@ def _case(
         num_bytes=num_elements * dtype.itemsize,
         flops=2 * num_tokens * out_size * in_size,
         peers={"torch mm": lambda i: lambda: torch.mm(i.x, i.weight.t(), out=i.out)},
+    )
+
+
+def _gated_case(num_tokens: int, shapes: Shapes, device: torch.device) -> Case:
+    out_size, in_size, dtype = shapes.intermediate_size, shapes.hidden_size, shapes.dtype
+
+    def make() -> GatedInputs:
+        x = torch.randn(num_tokens, in_size, dtype=dtype, device=device)
+        weight = torch.randn(2 * out_size, in_size, dtype=dtype, device=device) * in_size**-0.5
+        return GatedInputs(
+            x, weight, x.new_empty(num_tokens, 2 * out_size), x.new_empty(num_tokens, out_size)
+        )
+
+    def by_torch(i: GatedInputs) -> Call:
+        return lambda: ops.silu_mul(torch.mm(i.x, i.weight.t(), out=i.both), out=i.out)
+
+    def by_two(i: GatedInputs) -> Call:
+        return lambda: ops.silu_mul(ops.linear(i.x, i.weight, constant_weight=True, out=i.both), out=i.out)
+
+    num_elements = 2 * out_size * in_size + num_tokens * (in_size + out_size)
+    return Case(
+        "linear_silu_mul",
+        f"gate_up {2 * out_size} x {in_size}, {tokens_label(num_tokens)}",
+        dtype,
+        make=make,
+        ours=lambda i: lambda: ops.linear_silu_mul(i.x, i.weight, constant_weight=True, out=i.out),
+        expect=lambda i: reference.silu_mul(i.x.float() @ i.weight.float().t()),
+        num_bytes=num_elements * dtype.itemsize,
+        flops=4 * num_tokens * out_size * in_size,
+        peers={"torch mm, our silu_mul": by_torch, "our linear, our silu_mul": by_two},
     )
 
 
@@ -148,7 +209,9 @@ def _matmul_case(
     in_size: int,
     device: torch.device,
     workspace: torch.Tensor,
+    tactic: int | None = None,
 ) -> Case:
+    """tactic: of the kernel for any GPU; None: the rule of this one."""
     dtype = _TYPES.get(kind, torch.float8_e4m3fn)
 
     def make() -> MatmulInputs:
@@ -167,7 +230,8 @@ def _matmul_case(
 
     def ours(i: MatmulInputs) -> Call:
         def call() -> torch.Tensor:
-            matmul("matmul", i.x, i.weight, i.x_scales, i.weight_scales, None, True, -1, workspace, i.out)
+            number = -1 if tactic is None else tactic
+            matmul("matmul", i.x, i.weight, i.x_scales, i.weight_scales, None, True, number, workspace, i.out)
             return i.out
 
         return call
@@ -191,7 +255,7 @@ def _matmul_case(
         peers[f"{vllm_name()} CUTLASS"] = by_cutlass
     element_bytes = dtype.itemsize
     return Case(
-        "matmul",
+        "matmul" if tactic is None else "matmul, kernel for any GPU",
         f"{kind} {name} {out_size} x {in_size}, {tokens_label(num_tokens)}",
         torch.bfloat16,
         make=make,
@@ -211,7 +275,9 @@ def _weight_only_case(
     in_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    tactic: int = 0,
 ) -> Case:
+    """tactic: 1: the kernel for any GPU; 0: the rule's of this one."""
     scheme = find_scheme(scheme_name)
     layout = Repacked(scheme)
 
@@ -238,11 +304,13 @@ def _weight_only_case(
         math.prod(part.shape) * part.torch_dtype.itemsize for part in layout.parts(out_size, in_size).values()
     )
     return Case(
-        "weight_only_linear",
+        "weight_only_linear" if tactic == 0 else "weight_only_linear, kernel for any GPU",
         f"{scheme_name} {name} {out_size} x {in_size}, {tokens_label(num_tokens)}",
         dtype,
         make=make,
-        ours=lambda i: lambda: ops.weight_only_linear(i.x, i.weight, constant_weight=True, out=i.out),
+        ours=lambda i: (
+            lambda: ops.weight_only_linear(i.x, i.weight, tactic=tactic, constant_weight=True, out=i.out)
+        ),
         expect=lambda i: i.x.float() @ scheme.dequantize(i.parts).t(),
         num_bytes=num_bytes + num_tokens * (in_size + out_size) * dtype.itemsize,
         flops=2 * num_tokens * out_size * in_size,
