@@ -23,7 +23,7 @@ from fastkernels.quantize import Repacked, find_scheme
 _TOKENS = {  # of matmul, by type
     "bf16": (64, 128, 512, 2048, 8192),
     "fp8": (1, 16, 64, 512, 2048, 8192),
-    "fp8 block": (64,),
+    "fp8 block": (64, 2048),
     "int8": (1, 16, 64, 512, 2048, 8192),
 }
 _TOKENS_OF_ANY_GPU = (64, 2048)
@@ -169,9 +169,11 @@ def _gated_case(num_tokens: int, shapes: Shapes, device: torch.device) -> Case:
     )
 
 
-def _scaled_mm(i: MatmulInputs, x_scales: torch.Tensor, weight_scales: torch.Tensor) -> Call:
+def _scaled_mm(
+    i: MatmulInputs, x_scales: torch.Tensor, weight_scales: torch.Tensor, fast: bool = True
+) -> Call:
     return lambda: torch._scaled_mm(
-        i.x, i.weight.t(), x_scales, weight_scales, out_dtype=torch.bfloat16, use_fast_accum=True, out=i.out
+        i.x, i.weight.t(), x_scales, weight_scales, out_dtype=torch.bfloat16, use_fast_accum=fast, out=i.out
     )
 
 
@@ -188,15 +190,13 @@ def _by_tensor(i: MatmulInputs) -> Call:
 def _by_block(i: MatmulInputs) -> Call:
     assert i.x_scales is not None and i.weight_scales is not None
     x_scales = i.x_scales.t().contiguous().t()  # as it takes them, column-major
-    return _scaled_mm(i, x_scales, i.weight_scales.t())
+    return _scaled_mm(i, x_scales, i.weight_scales.t(), fast=False)  # it has no other
 
 
-# By tensor they compute something cheaper than ours, and with int32 out something else: a mark, not a peer.
 _PEERS: dict[str, dict[str, Callable[[MatmulInputs], Call]]] = {
     "bf16": {"torch mm": lambda i: lambda: torch.mm(i.x, i.weight.t(), out=i.out)},
     "fp8": {"torch scaled_mm by row": _by_row, "torch scaled_mm by tensor": _by_tensor},
     "fp8 block": {"torch scaled_mm by block": _by_block},
-    "int8": {"torch int_mm, int32 out": lambda i: lambda: torch._int_mm(i.x, i.weight.t())},
 }
 _TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -223,8 +223,8 @@ def _matmul_case(
         x_bytes, x_scales = ops.quantize(x, per="block" if kind == "fp8 block" else "token", dtype=dtype)
         if kind == "fp8 block":
             weight_scales = torch.rand(out_size // 128, in_size // 128, device=device) + 0.5
-        else:
-            weight_scales = torch.rand(out_size, device=device) + 0.5
+        else:  # the same for all rows, so that peers by tensor compute the same
+            x_scales, weight_scales = x_scales.mean().repeat(num_tokens), torch.ones(out_size, device=device)
         weight_bytes = weight.mul(20).to(dtype)
         return MatmulInputs(x_bytes, weight_bytes, x_scales, weight_scales * 0.05 * in_size**-0.5, out)
 
@@ -250,7 +250,7 @@ def _matmul_case(
         assert i.x_scales is not None and i.weight_scales is not None
         return gemm_peers.cutlass(vllm, i.x, i.weight, i.x_scales, i.weight_scales, i.out)
 
-    peers = dict(_PEERS[kind])
+    peers = dict(_PEERS.get(kind, {}))
     if kind in ("fp8", "int8") and (vllm := vllm_ops()) is not None:
         peers[f"{vllm_name()} CUTLASS"] = by_cutlass
     element_bytes = dtype.itemsize
