@@ -7,7 +7,13 @@ from fastkernels import ops
 from fastkernels.ops import reference
 from fastkernels.ops.gemm import LINEAR_TACTIC, NUM_MATMUL_TACTICS, matmul_workspace
 from tests.conftest import CUDA_REASON
-from tests.ops.matmul_cases import SCHEMES, exact_quantized, operands, quantized_operands
+from tests.ops.matmul_cases import (
+    SCHEMES,
+    check_quantized,
+    exact_quantized,
+    operands,
+    quantized_operands,
+)
 from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 
 pytestmark = [
@@ -80,22 +86,13 @@ def test_quantized_linear_matches_reference(tactic, scheme, workspace):
         for num_tokens in TOKENS[index % 2 :: 2]:
             if tactic == LINEAR_TACTIC and num_tokens > MOST_STREAMED.get(scheme, 16):
                 continue
-            dtype = torch.bfloat16 if num_tokens % 2 else torch.float16
-            size = -(-in_size // 128) * 128 if scheme == "fp8-block" else in_size
-            given = quantized_operands(scheme, num_tokens, out_size, size, dtype)
-            if num_tokens % 4 > 1:
-                given["bias"] = None
-            out = poisoned(num_tokens, out_size, dtype=dtype, device="cuda")
-            assert ops.quantized_linear(**given, tactic=tactic, workspace=workspace, out=out) is out
-            exact = exact_quantized(given)
-            if given["weight_type"] == "e4m3" and tactic in FAST_FP8:
-                assert torch.isfinite(out).all()
-                assert_similar(out, exact, 1e-3)
-            else:
-                assert_as_good_as_torch(out, exact_quantized(given, dtype), exact)
-                assert_similar(out, exact, 1e-5)
-            again = ops.quantized_linear(**given, constant_weight=True, tactic=tactic, workspace=workspace)
-            assert torch.equal(out, again), "two runs differ"
+            check_quantized(
+                *(scheme, num_tokens, out_size, in_size),
+                torch.bfloat16 if num_tokens % 2 else torch.float16,
+                tactic=tactic,
+                workspace=workspace,
+                is_exact=scheme.startswith("int8") or tactic not in FAST_FP8,
+            )
 
 
 def test_the_tactic_of_few_tokens_says_what_it_takes(workspace):
