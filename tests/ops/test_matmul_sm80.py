@@ -20,7 +20,7 @@ from tests.ops.matmul_cases import (
     operands,
     quantized_operands,
 )
-from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
+from tests.tolerances import assert_similar, poisoned
 
 pytestmark = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 
