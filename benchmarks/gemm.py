@@ -54,7 +54,6 @@ class MatmulInputs(NamedTuple):
 
 class WeightOnlyInputs(NamedTuple):
     x: torch.Tensor  # [num_tokens, in_size]
-    full: torch.Tensor  # [out_size, in_size]: the peer's weight
     parts: dict[str, torch.Tensor]  # of the scheme
     weight: ops.RepackedWeight
     out: torch.Tensor  # [num_tokens, out_size]
@@ -281,10 +280,13 @@ def _weight_only_case(
     scheme = find_scheme(scheme_name)
     layout = Repacked(scheme)
 
+    def by_torch(i: WeightOnlyInputs) -> Call:
+        full = scheme.dequantize(i.parts).to(dtype)
+        return lambda: torch.mm(i.x, full.t(), out=i.out)
+
     def make() -> WeightOnlyInputs:
         x = torch.randn(num_tokens, in_size, dtype=dtype, device=device)
-        full = torch.randn(out_size, in_size, dtype=dtype, device=device) * in_size**-0.5
-        given = scheme.quantize(full)
+        given = scheme.quantize(torch.randn(out_size, in_size, dtype=dtype, device=device) * in_size**-0.5)
         repacked = ops.repack_for_cuda(
             given["packed"],
             given["scales"],
@@ -293,13 +295,11 @@ def _weight_only_case(
             zeros=given.get("zeros"),
             global_scale=given.get("global_scale"),
         )
-        return WeightOnlyInputs(x, full, given, repacked, x.new_empty(num_tokens, out_size))
+        return WeightOnlyInputs(x, given, repacked, x.new_empty(num_tokens, out_size))
 
-    peers: dict[str, Callable[[WeightOnlyInputs], Call]] = {
-        "torch mm in bf16": lambda i: lambda: torch.mm(i.x, i.full.t(), out=i.out)
-    }
+    peers: dict[str, Callable[[WeightOnlyInputs], Call]] = {"torch mm of bf16": by_torch}
     if scheme_name == "int4" and (vllm := vllm_ops()) is not None:
-        peers |= gemm_peers.int4_peers(vllm, vllm_name())
+        peers = gemm_peers.int4_peers(vllm, vllm_name())
     num_bytes = sum(
         math.prod(part.shape) * part.torch_dtype.itemsize for part in layout.parts(out_size, in_size).values()
     )
