@@ -63,6 +63,23 @@ def test_the_smallest_sizes(scheme, device):
             assert torch.equal(out, ops.quantized_linear(**moved)), "two runs differ"
 
 
+@pytest.mark.skipif(
+    CUDA_REASON is not None or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_smallest_sizes_of_16_bits(dtype):
+    for size in (8, 24):
+        for num_tokens in TOKENS:
+            x = torch.randn(num_tokens, size, dtype=dtype, device="cuda")
+            weight = torch.randn(size, size, dtype=dtype, device="cuda")
+            out = poisoned(num_tokens, size, dtype=dtype, device="cuda")
+            assert ops.linear(x, weight, tactic=-1, out=out) is out
+            exact = reference.linear(x.double(), weight.double())
+            assert_as_good_as_torch(out, reference.linear(x, weight), exact)
+            assert_similar(out, exact, 1e-5)
+            assert torch.equal(out, ops.linear(x, weight, tactic=-1)), "two runs differ"
+
+
 @on_cuda
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "int8-zeros", "int8-weight", "int4-channel", "fp8-weight"])
 def test_below_the_smallest_one_sentence_says_so(scheme):
