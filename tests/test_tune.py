@@ -46,6 +46,15 @@ def test_what_it_prints(made_up_gpu, tmp_path):
     assert "matmul e4m3-block bf16 6144x4096" in _tune(*options, "--quantization", "fp8-block")
 
 
+def test_a_bar_on_a_terminal_shows_how_far_it_is(made_up_gpu):
+    arguments = ["tune", "llama-3.1-8b", "--max-num-tokens", "2", "--max-num-seqs", "2"]
+    for terminal in (True, False):
+        env = {"COLUMNS": "160", "FORCE_COLOR": "1" if terminal else None}
+        result = CliRunner().invoke(app, [*arguments, "--again"], env=env)
+        assert result.exit_code == 0, result.output
+        assert ("timing matrix products" in result.stderr and "100%" in result.stderr) == terminal
+
+
 def test_a_quantised_checkpoint(made_up_gpu, tmp_path):
     """Its products are those of its weights."""
     folder, _, _ = make(tmp_path, {"quant_method": "fp8", "activation_scheme": "static"}, fp8("tensor"))
