@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import activation, engine, gemm, norm, render, sampling
 from benchmarks.__main__ import main
-from benchmarks.harness import Case, ResultError, ceilings, close, floor, run_cases
+from benchmarks.harness import Case, Ceilings, ResultError, ceilings, close, floor, run_cases
 from benchmarks.report import Report, Row
 from fastkernels import ops
 
@@ -118,6 +118,21 @@ def test_engines_are_those_the_schemes_make() -> None:
     assert len(sizes) == len(engine.CASES)
     of = {name.partition(", ")[2]: size for name, size in sizes.items() if name.startswith("llama-3.1-8b")}
     assert of["int4, head fp8-weight"] < of["int4"] < of["nvfp4"] < of["fp8"] < of[""]
+
+
+def test_an_engine_that_fails_keeps_the_rows_of_the_others(monkeypatch) -> None:
+    def measure(setup, cases, prefills, device, quick) -> engine.Measured:
+        if setup.quantization == "nvfp4":
+            raise torch.OutOfMemoryError("no memory")
+        return engine.Measured(dict.fromkeys(cases, 1000.0), dict.fromkeys(cases, 10.0))
+
+    monkeypatch.setattr(engine, "_measure_ours", measure)
+    monkeypatch.setattr(engine, "ceilings", lambda device: Ceilings(4.0, 700.0, 1.0))
+    monkeypatch.setattr(engine.engine_peers, "measure", lambda *arguments: {})
+    with pytest.raises(ResultError, match="nvfp4: OutOfMemoryError: no memory") as caught:
+        engine.run(device=torch.device("cuda"), quick=False, only="llama-3.1-8b")
+    wanted = [name for name in engine.CASES if name.model == "llama-3.1-8b" and name.quantization != "nvfp4"]
+    assert {row.subject for row in caught.value.rows} == {f"decode step, {setup}" for setup in wanted}
 
 
 MADE_UP = Report(
