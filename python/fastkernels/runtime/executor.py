@@ -241,8 +241,8 @@ class Executor:
     def _streams_bytes(self, step: Step) -> bool:
         if step.op != "matmul":
             return False
-        sizes = (self.plan.buffers[name].row_size for name in (step.outputs[0], step.inputs[0]))
-        return self._products.streams_bytes(product_of(step, *sizes, self.dtype))
+        out, x = self.plan.buffers[step.outputs[0]], self.plan.buffers[step.inputs[0]]
+        return self._products.streams_bytes(product_of(step, out.row_size, x.row_size, self.dtype))
 
     def _tensor(self, name: str, num_tokens: int, num_logits: int) -> Tensor:
         """The tensor of the plan's buffer ``name`` in a step of these sizes: always a view, never a copy."""
