@@ -114,14 +114,14 @@ def test_buckets():
 def test_tactics_of_16_bit_weights(num_tokens):
     tactics = tactics_of(QKV, num_tokens, HOPPER)
     numbers = [tactic.number for tactic in tactics if tactic.kernel == "matmul"]
-    assert tactics[0] == TORCH and (STREAM in tactics) == (num_tokens <= 16)
+    assert tactics[0] == TORCH and (STREAM in tactics) == (num_tokens <= 8)
     assert numbers and not {4, 5} & set(numbers)
     tiles = [MATMUL_TILES[number // 2] for number in numbers]
     if num_tokens <= 64:
         assert not any(tile.tokens_are_a for tile in tiles)
     if num_tokens > 256:
         assert all(tile.tokens_are_a for tile in tiles)
-    plain = [TORCH, STREAM] if num_tokens <= 16 else [TORCH]
+    plain = [TORCH, STREAM] if num_tokens <= 8 else [TORCH]
     assert tactics_of(QKV, num_tokens, AMPERE) == plain
     assert rule(QKV, num_tokens) == plain[-1]
 
@@ -149,11 +149,12 @@ def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
         "e5m2": {0, 1, 2, 3, 6, 7, 14, 15},
     }.get(weight, {4, 5})
     assert numbers and not numbers & refused
-    streams = num_tokens <= (8 if weight in ("e4m3-block", "e5m2") else 16)
+    streams = num_tokens <= 8
     for_any = {LINEAR_TACTIC + 1, LINEAR_TACTIC + 2}
     assert not numbers & for_any and (LINEAR_TACTIC in numbers) == streams
     on_ampere = {LINEAR_TACTIC, *for_any} if streams else for_any
     assert {tactic.number for tactic in tactics_of(product, num_tokens, AMPERE)} == on_ampere | {plain.number}
+    assert rule(product, num_tokens) == Tactic("matmul", LINEAR_TACTIC if streams else -1)
 
 
 def test_tactics_by_name():

@@ -51,6 +51,8 @@ class Tactic(NamedTuple):
 
 TORCH = Tactic("torch")
 STREAM = Tactic("linear")
+MOST_STREAMED_TOKENS = 8
+"""That linear's kernel multiplies at once; with more, it would read the weight twice."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,14 @@ def products_of(
 def rule(product: Product, num_tokens: int) -> Tactic:
     """What is taken where nothing was timed."""
     if product.op == "matmul":
+<<<<<<< HEAD
         # Up to 8 tokens -1 is this one too; by its name it is timed once.
         streams = num_tokens <= 8 and _streams_bytes(product, num_tokens)
         return Tactic("matmul", LINEAR_TACTIC if streams else -1)
+=======
+        # -1 is this one too; by its name the tuner knows its time.
+        return Tactic("matmul", LINEAR_TACTIC if _streams_bytes(product, num_tokens) else -1)
+>>>>>>> chain
     if product.op == "quantized_linear":
         return Tactic("weight_only_linear", 0)
     return STREAM if _streams(product, num_tokens) else TORCH
@@ -138,8 +145,8 @@ def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _streams(product: Product, num_tokens: int) -> bool:
-    """Whether ``ops.linear`` takes it without a tactic."""
-    return num_tokens <= ops.LINEAR_MAX_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+    """Whether ``ops.linear`` takes it without a tactic, in one pass over the weight."""
+    return num_tokens <= MOST_STREAMED_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
 
 
 def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
@@ -180,9 +187,8 @@ def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, in
 
 def _streams_bytes(product: Product, num_tokens: int) -> bool:
     """Whether the tactic of few tokens takes a product of ``matmul``."""
-    few = ops.LINEAR_MAX_TOKENS
-    most = {"e4m3-block": 8, "e5m2": 8, "e4m3": few, "int8": few, WITH_ZEROS: few}
-    return num_tokens <= most.get(product.weight, 0) and product.in_size % 16 == 0
+    takes = product.weight in ("e4m3", "e4m3-block", "e5m2", "int8", WITH_ZEROS)
+    return takes and num_tokens <= MOST_STREAMED_TOKENS and product.in_size % 16 == 0
 
 
 def _computes(tile: MatmulTile, weight: str) -> bool:
