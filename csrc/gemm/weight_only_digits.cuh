@@ -103,7 +103,7 @@ template <typename T, typename F>
 struct Digits {
     using Element = T;
     using Format = F;
-    static constexpr int kTokens = 4, kLaneTokens = 1;
+    static constexpr int kTokens = 4, kLaneTokens = 1, kAhead = 1;
     static constexpr int kGroups = F::kGroups, kSums = F::kSums, kSteps = 4 / kGroups;
     static constexpr float kLeftOut = 1.0f;
 

@@ -47,6 +47,7 @@ constexpr int kFewUnitBytes = F::kPieces * 512 + F::kScaleBytes;
 //   Element, Format
 //   kTokens: at most
 //   kLaneTokens: of them, whose sums a lane has: token t * kLaneTokens + e, rows g and g + 8
+//   kAhead: how many loads of x, of two tokens each, there are registers for beside the chunk before, of 64
 //   slot_bytes: what a warp needs for x of a chunk
 //   put: 16 bytes a lane, of two tokens, half a warp each, to the slot
 //   load: what a lane needs of the slot
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
     using T = typename Product::Element;
     using F = typename Product::Format;
     constexpr int kUnitBytes = kFewUnitBytes<F>, kDataBytes = F::kPieces * 512, kRingBytes = kSlots * kUnitBytes;
-    constexpr int kLoads = Product::kTokens / 2;       // of x, each of two tokens
-    constexpr int kAhead = kBlocks == 2 ? 1 : kLoads;  // of the next chunk's, as registers allow
+    constexpr int kLoads = Product::kTokens / 2;                     // of x, each of two tokens
+    constexpr int kAhead = kBlocks == 2 ? Product::kAhead : kLoads;  // of the next chunk's
     constexpr int kLaneTokens = Product::kLaneTokens;
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
