@@ -274,12 +274,15 @@ bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grou
     return true;
 }
 
-// As many slots as leave room for the sums; on GPUs with less shared memory the last way has room enough for 8 tokens.
+// As many slots as leave room for all sums at once, else as few as keep memory busy; on GPUs with less shared memory
+// the last way has room enough for 8 tokens.
 template <typename Product, int kBlocks>
 void launch_few(const WeightOnlyParams& p, int splits, const Room& room, void* stream) {
     constexpr bool kIsByte = Product::Format::kPieces == 4, kIsHalf = kBlocks == 2;
-    constexpr int kMany = kIsHalf ? (kIsByte ? 3 : 6) : (kIsByte ? 4 : 9), kFew = kIsByte ? 2 : 4;
+    constexpr int kMany = kIsHalf ? (kIsByte ? 3 : 6) : (kIsByte ? 4 : 9), kSome = kIsByte ? 2 : 4;
+    constexpr int kFew = kIsByte ? 2 : kIsHalf ? 3 : 4;
     if (!launch_few<Product, kBlocks, kMany>(p, splits, kFewWarps, false, room, stream) &&
+        !launch_few<Product, kBlocks, kSome>(p, splits, kFewWarps, false, room, stream) &&
         !launch_few<Product, kBlocks, kFew>(p, splits, kFewWarps, true, room, stream) &&
         !launch_few<Product, 1, 2>(p, splits, kFewWarps / 2, true, room, stream)) {
         fail("weight_only_linear: a block has no room for the sums of ", p.num_tokens, " tokens and ", p.out_size,

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kDigitTokens = 4, kFewTokens = 8;
 
-// Blocks that share K, of up to 8 tokens: 2 where there are tiles for half of the SMs only, or where x would cost a
-// block more digits than the sums of a cluster cost (by timings on an H200).
+// Blocks that share K, of up to 8 tokens: 2 where there are tiles for half of the SMs only, or where the digits of x
+// would cost a block more than a cluster's sums (of int4; by timings on an H200).
 inline int choose_few_splits(const WeightOnlyParams& p, const Room& room, bool digits) {
     if (room.capability < 90 || p.tactic > 0) {
         return room.capability < 90 ? 1 : p.tactic;
@@ -31,7 +31,7 @@ void run_weight_only(const WeightOnlyParams& p, void* stream) {
         return run_weight_only_more<T, F>(p, room, stream);
     }
     const bool half = p.num_tokens <= kDigitTokens;
-    const int splits = choose_few_splits(p, room, half && kHasDigits);
+    const int splits = choose_few_splits(p, room, half && kHasDigits && F::kIsInt4);
     if (!half) {
         launch_few<Pairs<T, F>, 1>(p, splits, room, stream);
     } else if constexpr (kHasDigits) {
