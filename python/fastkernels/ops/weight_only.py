@@ -172,11 +172,12 @@ def weight_only_linear(
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first units are then read while the kernel before this one ends
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
-    Returns out. Weights are exact in registers, sums in fp32, rounded once; bitwise repeatable; with a
-    given tactic a token's result does not depend on the others, as long as there are no more than 8, 16, 32
-    or 64 (few), or than fill a tile; safe in a CUDA graph.
+    Returns out. Weights are exact in registers, sums in fp32, rounded once; up to 4 tokens times int4 or int8
+    x is rounded to 16 bits of the largest of 128 neighbours, and to NaN where that is not finite; bitwise
+    repeatable; with a given tactic a token's result does not depend on the others, as long as there are 1 to
+    4, 5 to 8, 9 to 16, 17 to 32 or more (few), or no more than fill a tile; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
-    Kernels: csrc/gemm/weight_only.cuh, weight_only_sm90.cuh
+    Kernels: csrc/gemm/weight_only_few.cuh, weight_only.cuh, weight_only_sm90.cuh
     """
     op = "weight_only_linear"
     x = as_tensor(x)
