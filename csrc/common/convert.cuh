@@ -117,9 +117,9 @@ __device__ __forceinline__ float byte_scale_of(float largest) {
     return near < __int_as_float(0x7f800000) ? fmaxf(exact, kLeastScale) : near;  // infinity stays itself
 }
 
-// largest[j] of each lane is of piece j, and kLanes neighbouring lanes share a block in every piece. Returns the largest
-// of piece threadIdx.x % kPieces: with every step but the last ones a lane answers for half as many pieces. All lanes of
-// the warp call it; kPieces is a power of two up to kLanes.
+// largest[j] of each lane is of piece j, and kLanes neighbouring lanes share a block in every piece. Returns the
+// largest of piece threadIdx.x % kPieces: with every step but the last ones a lane answers for half as many pieces. All
+// lanes of the warp call it; kPieces is a power of two up to kLanes.
 template <int kLanes, int kPieces>
 __device__ __forceinline__ float largest_of_block(float (&largest)[kPieces]) {
     int offset = 1;

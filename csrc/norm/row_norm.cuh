@@ -5,11 +5,13 @@
 //
 // A block of kThreads owns one row, or, where a row has at most 32 pieces (kThreads 0), blockDim.x threads own one of
 // the block's blockDim.y. A thread owns kPieces pieces of kVec elements (16 bytes, or one element where the addresses
-// are odd), all loaded, with their weights, before the first use and kept in registers; pieces beyond, which rows past
-// kNormMaxThreads * kNormPieces have, are read again. Pieces past the end are zeros, so that all but loads and stores
-// is one run of instructions. Sums cost one barrier. Before pdl_wait() block 0 brings the weight to L2. The shape of a
-// block follows from size alone, so a row's result does not depend on its batch. Bytes: (2, with a residual 4) * size *
-// sizeof(T) a row; the weight stays in L1 and L2.
+// are odd), all loaded, with their weights, before the first use. Kept in registers are, as floats, the products x w,
+// of layer_norm x; pieces beyond, which rows past kNormMaxThreads * kNormPieces have, are read again. Where a row is
+// exactly as long as its block's pieces (kFull), counts are constants and nothing is asked of a piece; else pieces past
+// the end are zeros. Sums cost one barrier. The largest |x w| is found before it, and scaled after; for the scales of
+// blocks of kScaleBlock each lane answers for one of its pieces. Before pdl_wait() block 0 brings the weight to L2. The
+// shape of a block follows from size alone, so a row's result does not depend on its batch. Bytes: (2, with a residual
+// 4) * size * sizeof(T) a row, with bytes as the result one less for each element; the weight stays in L1 and L2.
 #pragma once
 
 #include "common/convert.cuh"
@@ -24,6 +26,7 @@ namespace fastkernels {
 
 enum class NormKind { rms, add_rms, layer };
 
+inline constexpr float kLargestFloat = 0x1.fffffep127f;
 inline constexpr int kNormMaxThreads = 512;
 inline constexpr int kNormPieces = 4;
 inline constexpr int kNormShortThreads = 128;  // of the block where several rows share it
@@ -36,9 +39,8 @@ inline constexpr int kNormThreadsPerSm = kKind == NormKind::add_rms ? (kFull ? 8
                                                                     : 640;
 
 template <NormKind kKind, typename Out, int kThreads, bool kFull>
-inline constexpr int kNormMinBlocks = kThreads == 0 || kThreads == kNormMaxThreads
-                                          ? 1
-                                          : kNormThreadsPerSm<kKind, Out, kThreads, kFull> / kThreads;
+inline constexpr int kNormMinBlocks =
+    kThreads == 0 || kThreads == kNormMaxThreads ? 1 : kNormThreadsPerSm<kKind, Out, kThreads, kFull> / kThreads;
 
 __device__ __forceinline__ float add(float a, float b) {
     return a + b;
@@ -70,8 +72,8 @@ __device__ __forceinline__ int pieces_of_warp(int warp, int num_pieces) {
 
 // kFull: a row has kThreads * kNormPieces pieces exactly.
 template <NormKind kKind, typename T, typename Out, int kVec, int kThreads, bool kFull>
-__global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, (kNormMinBlocks<kKind, Out, kThreads, kFull>))
-    row_norm_kernel(const NormParams p) {
+__global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads,
+                                  (kNormMinBlocks<kKind, Out, kThreads, kFull>)) row_norm_kernel(const NormParams p) {
     using Piece = Vec<T, kVec>;
     constexpr bool kQuantized = sizeof(Out) == 1, kLayer = kKind == NormKind::layer;
     constexpr int kPieces = kThreads > 0 ? kNormPieces : 1, kWarps = kThreads > 32 ? kThreads / 32 : 1;
@@ -188,13 +190,13 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, (
         }
     };
     if constexpr (kLayer) {
-        const auto add_up = [&](const float(&a)[kVec]) {
+        const auto add_up = [&](const float (&a)[kVec]) {
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
                 mean += a[i];
             }
         };
-        const auto add_squares_about_mean = [&](const float(&a)[kVec]) {
+        const auto add_squares_about_mean = [&](const float (&a)[kVec]) {
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
                 sum = fmaf(a[i] - mean, a[i] - mean, sum);
@@ -294,31 +296,35 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, (
     }
     const float scale = rsqrtf(sum / static_cast<float>(size) + p.eps);
 
-    // What is kept times `factor` is the output: the norm's scale, times the inverse of that of the bytes.
+    // What is kept times `factor` is the output: the norm's scale, times the inverse of that of the bytes. A finite
+    // one, since zeros, whose bytes have the least scale, are to stay zeros.
+    const auto factor_of = [&](float inverse_of_byte_scale) {
+        const float product = scale * inverse_of_byte_scale;
+        return product > kLargestFloat ? kLargestFloat : product;
+    };
     float factor = scale;
     const auto factor_of_block = [&](float largest_of_it, int piece, bool writes) {
         const float byte_scale = byte_scale_of<Out>(largest_of_it * scale);
         if (writes) {
             p.bytes.scales[int64_t{row} * (size / kScaleBlock) + piece / kLanes] = byte_scale;
         }
-        return scale * rcp_rounded(byte_scale);
+        return factor_of(rcp_rounded(byte_scale));
     };
     float own_factor = 0.0f;
     if constexpr (kQuantized) {
         if (p.bytes.kind == ScaleKind::token) {
             const float byte_scale = byte_scale_of<Out>(largest * scale);
-            factor *= rcp_rounded(byte_scale);
+            factor = factor_of(rcp_rounded(byte_scale));
             if (first == 0 && num_pieces > 0) {
                 p.bytes.scales[row] = byte_scale;
             }
         } else if (p.bytes.kind == ScaleKind::tensor) {
-            factor *= 1.0f / given_scale;
+            factor = factor_of(1.0f / given_scale);
         } else {
             const int own = first % kPieces;
             own_factor = factor_of_block(block_largest, piece_of(own), first % kLanes < kPieces && exists(own));
         }
     }
-    const float shift = -mean * scale;
     const auto write = [&](int piece, float (&y)[kVec], const Piece& w, const Piece& b) {
         if constexpr (kQuantized) {
             store_quantized(out + piece * kVec, y, factor);
@@ -330,7 +336,7 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, (
             }
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
-                y[i] = kLayer ? fmaf(fmaf(y[i], scale, shift), c[i], d[i]) : y[i] * scale;
+                y[i] = kLayer ? fmaf((y[i] - mean) * scale, c[i], d[i]) : y[i] * scale;
             }
             store_vec(out + piece * kVec, from_floats<T>(y));
         }
@@ -363,8 +369,8 @@ __global__ void __launch_bounds__(kThreads > 0 ? kThreads : kNormShortThreads, (
         if constexpr (kQuantized) {
             if (p.bytes.kind == ScaleKind::block) {
                 float largest_of_piece[1] = {largest_of(y)};
-                factor = factor_of_block(largest_of_block<kLanes>(largest_of_piece), piece,
-                                         is_there && piece % kLanes == 0);
+                factor =
+                    factor_of_block(largest_of_block<kLanes>(largest_of_piece), piece, is_there && piece % kLanes == 0);
             }
         }
         if (is_there) {

@@ -5,10 +5,10 @@
 //
 // A thread owns one unit of one head: kVec pairs of q or k, in two pieces of 16 bytes (one pair where the addresses or
 // sizes are odd), or two neighbouring pieces of what is copied, v and the dimensions past rotary_dim. A block has as
-// many heads of a token as fill it, the units of a head along x. Before pdl_wait() addresses are worked out, and the token's
-// position and slot are brought to L2. The pairs turn in fp32 and round once; a cache of bytes takes them rounded,
-// divided by the scales of their heads. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim *
-// sizeof(T), and rotary_dim * 4 of cos_sin, which its heads share in L1.
+// many heads of a token as fill it, the units of a head along x. Before pdl_wait() addresses are worked out, and the
+// token's position and slot are brought to L2. The pairs turn in fp32 and round once; a cache of bytes takes them
+// rounded, divided by the scales of their heads. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) *
+// head_dim * sizeof(T), and rotary_dim * 4 of cos_sin, which its heads share in L1.
 #pragma once
 
 #include <algorithm>

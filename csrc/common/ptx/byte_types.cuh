@@ -88,8 +88,9 @@ __device__ __forceinline__ uint32_t to_bytes_4(const float (&x)[4]) {
     }
 }
 
-// kVec neighbouring elements divided by scale, as bytes. The quotient is x * (1 / scale) and one step of Newton's, which
-// rounds as the division does: by trial for every mantissa of scale and of a 16-bit x, and for 2e7 pairs of an fp32 one.
+// kVec neighbouring elements divided by scale, as bytes. The quotient is x * (1 / scale) and one step of Newton's,
+// which rounds as the division does: by trial for every mantissa of scale and of a 16-bit x, and for 2e7 pairs of an
+// fp32 one.
 template <typename Byte, int kVec>
 __device__ __forceinline__ void store_bytes(void* out, float (&x)[kVec], float scale) {
     if (scale != 1.0f) {
