@@ -9,7 +9,9 @@
 #include <algorithm>
 
 #include "common/launch.h"
+#include "common/ptx/ex2.cuh"
 #include "common/ptx/pdl.cuh"
+#include "common/ptx/rcp.cuh"
 #include "common/quantize_rows.cuh"
 #include "fastkernels/activation.h"
 
@@ -21,7 +23,7 @@ inline constexpr int kGatedMaxThreads = 256;
 template <typename T>
 __device__ __forceinline__ float times_sigmoid(float x, float y) {
     if constexpr (sizeof(T) == 2) {
-        return __fdividef(x, 1.0f + __expf(-y));
+        return x * rcp_approx(1.0f + exp2_approx(y * -1.44269504f));
     } else {
         return x / (1.0f + expf(-y));
     }

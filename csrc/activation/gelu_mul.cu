@@ -19,14 +19,14 @@ struct GeluErf {
     template <typename T>
     static __device__ __forceinline__ float apply(float x) {
         if constexpr (sizeof(T) == 2) {
-            const float t = __fdividef(1.0f, fmaf(0.304055916f, fabsf(x), 1.0f));
+            const float size = fminf(fabsf(x), 20.0f), t = rcp_approx(fmaf(0.304055916f, size, 1.0f));
             float p = fmaf(-0.078890415f, t, 0.210058385f);
             p = fmaf(p, t, -0.012817655f);
             p = fmaf(p, t, 0.14468741f);
             p = fmaf(p, t, 0.115234215f);
             p = fmaf(p, t, 0.12172681f);
-            const float tail = t * p * __expf(-0.5f * x * x);
-            return x * (x < 0.0f ? tail : 1.0f - tail);
+            const float tail = t * p * exp2_approx(x * x * -0.72134752f);  // from 14 on it is 0
+            return fmaf(-size, tail, fmaxf(x, 0.0f));
         } else {
             return 0.5f * x * (1.0f + erff(0.70710678f * x));
         }

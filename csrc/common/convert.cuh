@@ -73,13 +73,12 @@ __device__ __forceinline__ uint32_t quantize_4(const float (&x)[4], float invers
         };
         return pair(x[0], x[1]) | pair(x[2], x[3]) << 16;
     } else {
-        uint32_t word = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float y = fminf(fmaxf(rintf(x[i] * inverse_scale), -128.0f), 127.0f);
-            word |= (static_cast<uint32_t>(static_cast<int>(y)) & 0xffu) << (8 * i);
-        }
-        return word;
+        // Added to 1.5 * 2^23, a float is rounded to an integer, which is then in its low bits: conversions are slow.
+        const auto rounded = [&](float v) {
+            return __float_as_uint(fminf(fmaxf(v * inverse_scale, -128.0f), 127.0f) + 12582912.0f);
+        };
+        return __byte_perm(__byte_perm(rounded(x[0]), rounded(x[1]), 0x0040),
+                           __byte_perm(rounded(x[2]), rounded(x[3]), 0x0040), 0x5410);
     }
 }
 
@@ -118,18 +117,35 @@ __device__ __forceinline__ float byte_scale_of(float largest) {
     return near < __int_as_float(0x7f800000) ? fmaxf(exact, kLeastScale) : near;  // infinity stays itself
 }
 
-// The scale of kScaleBlock elements, N in each of so many neighbouring lanes, which all call it.
+// largest[j] of each lane is of piece j, and kLanes neighbouring lanes share a block in every piece. Returns the
+// largest of piece threadIdx.x % kPieces: with every step but the last ones a lane answers for half as many pieces. All
+// lanes of the warp call it; kPieces is a power of two up to kLanes.
+template <int kLanes, int kPieces>
+__device__ __forceinline__ float largest_of_block(float (&largest)[kPieces]) {
+    int offset = 1;
+#pragma unroll
+    for (int left = kPieces; left > 1; left /= 2) {
+        const bool upper = threadIdx.x & offset;
+#pragma unroll
+        for (int j = 0; j < left / 2; ++j) {
+            const float kept = upper ? largest[2 * j + 1] : largest[2 * j];
+            const float given = upper ? largest[2 * j] : largest[2 * j + 1];
+            largest[j] = fmaxf(kept, __shfl_xor_sync(0xffffffffu, given, offset));
+        }
+        offset *= 2;
+    }
+#pragma unroll
+    for (; offset < kLanes; offset *= 2) {
+        largest[0] = fmaxf(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], offset));
+    }
+    return largest[0];
+}
+
+// The scale of kScaleBlock elements, N in each of so many neighbouring lanes. All lanes of the warp call it.
 template <typename Byte, int N>
 __device__ __forceinline__ float block_scale(const float (&x)[N]) {
-    constexpr int kLanes = kScaleBlock / N;
-    static_assert(kLanes == 16 || kLanes == 32);
-    const unsigned lanes = kLanes == 32 ? 0xffffffffu : 0xffffu << (threadIdx.x & 16);
-    float largest = largest_of(x);
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, offset));
-    }
-    return byte_scale_of<Byte>(largest);
+    float largest[1] = {largest_of(x)};
+    return byte_scale_of<Byte>(largest_of_block<kScaleBlock / N>(largest));
 }
 
 }  // namespace fastkernels

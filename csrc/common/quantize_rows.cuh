@@ -7,7 +7,7 @@
 // row, and the lanes of a block of it share their maximum. A scale a token: a block of threads owns a row and keeps
 // kPieces pieces a thread, as floats where they cost more than a conversion; those beyond are made twice. Few long rows
 // go to clusters (quantize_row_cluster.cuh).
-// Pieces past the end are zeros, so that all but loads and stores is one run of instructions.
+// A thread whose piece is past the end reads the last one instead, so that all but stores is one run of instructions.
 #pragma once
 
 #include <algorithm>
@@ -45,23 +45,35 @@ __global__ void __launch_bounds__(kThreads)
     typename Source::Raw raw[kPieces];
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-        raw[j] = first + j * step < size ? source.read(token, first + j * step) : typename Source::Raw{};
+        raw[j] = source.read(token, min(first + j * step, size - kVec));
     }
-    const float given = rows.bytes.kind == ScaleKind::tensor ? 1.0f / *rows.bytes.scales : 0.0f;
+    float x[kPieces][kVec], largest[kPieces];
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        source.compute(raw[j], x[j]);
+    }
+    // The inverse of the scale, of all elements or of a block in piece threadIdx.x % kPieces.
+    float inverse_scale;
+    if (rows.bytes.kind == ScaleKind::block) {
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+            largest[j] = largest_of(x[j]);
+        }
+        const float scale = byte_scale_of<Byte>(largest_of_block<kLanes>(largest));
+        const int at = first + static_cast<int>(threadIdx.x % kPieces) * step;
+        if (at < size && threadIdx.x % kLanes < kPieces) {
+            rows.bytes.scales[token * (size / kScaleBlock) + at / kScaleBlock] = scale;
+        }
+        inverse_scale = rcp_rounded(scale);
+    } else {
+        inverse_scale = 1.0f / *rows.bytes.scales;
+    }
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
         const int at = first + j * step;
-        float x[kVec], inverse_scale = given;
-        source.compute(raw[j], x);
-        if (rows.bytes.kind == ScaleKind::block) {
-            const float scale = block_scale<Byte>(x);
-            inverse_scale = rcp_rounded(scale);
-            if (at < size && threadIdx.x % kLanes == 0) {
-                rows.bytes.scales[token * (size / kScaleBlock) + at / kScaleBlock] = scale;
-            }
-        }
+        const float inverse = __shfl_sync(0xffffffffu, inverse_scale, j, kPieces);
         if (at < size) {
-            store_quantized(static_cast<Byte*>(rows.out) + token * rows.token_stride + at, x, inverse_scale);
+            store_quantized(static_cast<Byte*>(rows.out) + token * rows.token_stride + at, x[j], inverse);
         }
     }
 }
@@ -77,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) quantize_rows_kernel(con
     float kept[Source::kKeepsFloats ? kPieces : 1][kVec], largest = 0.0f;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-        raw[j] = first + j * step < size ? source.read(blockIdx.x, first + j * step) : typename Source::Raw{};
+        raw[j] = source.read(blockIdx.x, min(first + j * step, size - kVec));
     }
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {

@@ -4,11 +4,11 @@
 //   cos_sin   [max_position, rotary_dim] fp32          kv_cache     [num_pages, 2, num_kv_heads, page_size, head_dim]
 //
 // A thread owns one unit of one head: kVec pairs of q or k, in two pieces of 16 bytes (one pair where the addresses or
-// sizes are odd), or two neighbouring pieces of what is copied, v and the dimensions past rotary_dim. A token's units
-// are spread over as many blocks as they fill. Before pdl_wait() addresses are worked out, and the token's
-// position and slot are brought to L2. The pairs turn in fp32 and round once; a cache of bytes takes them rounded,
-// divided by the scales of their heads. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) * head_dim *
-// sizeof(T), and rotary_dim * 4 of cos_sin, which its heads share in L1.
+// sizes are odd), or two neighbouring pieces of what is copied, v and the dimensions past rotary_dim. A block has as
+// many heads of a token as fill it, the units of a head along x. Before pdl_wait() addresses are worked out, and the
+// token's position and slot are brought to L2. The pairs turn in fp32 and round once; a cache of bytes takes them
+// rounded, divided by the scales of their heads. Bytes a token: 2 * (num_q_heads + num_kv_heads, twice with v) *
+// head_dim * sizeof(T), and rotary_dim * 4 of cos_sin, which its heads share in L1.
 #pragma once
 
 #include <algorithm>
@@ -24,10 +24,7 @@
 namespace fastkernels {
 
 inline constexpr int kRopeThreads = 128;
-
-// Blocks that the registers are to leave room for; a cache of bytes needs more of them.
-template <typename T, typename Cache>
-inline constexpr int kRopeMinBlocks = std::is_void_v<Cache> || std::is_same_v<T, Cache> ? 12 : 10;
+inline constexpr int kRopeMinBlocks = 12;  // of an SM, for which the registers are to leave room
 
 template <int kVec>
 __device__ __forceinline__ void load_floats(const float* p, float (&out)[kVec]) {
@@ -75,16 +72,16 @@ __device__ __forceinline__ const float* cos_sin_row(const RopeParams& p, int64_t
 
 // Cache is the type of kv_cache's elements, void for rope alone.
 template <typename T, typename Cache, int kVec, bool kInterleaved>
-__global__ void __launch_bounds__(kRopeThreads, kRopeMinBlocks<T, Cache>)
+__global__ void __launch_bounds__(kRopeThreads, kRopeMinBlocks)
     rope_kernel(const __grid_constant__ RopeParams p, unsigned blocks_per_token) {
     constexpr bool kAppend = !std::is_void_v<Cache>;
     const unsigned token = blockIdx.x / blocks_per_token;
-    const unsigned at = (blockIdx.x - token * blocks_per_token) * blockDim.x + threadIdx.x;
+    const int head = static_cast<int>((blockIdx.x - token * blocks_per_token) * blockDim.y + threadIdx.y);
+    const int unit = static_cast<int>(kVec > 1 ? threadIdx.x : blockIdx.y * blockDim.x + threadIdx.x);
     const int half = p.rotary_dim / 2, turned_units = half / kVec;
     const int units = turned_units + (p.head_dim - p.rotary_dim + 2 * kVec - 1) / (2 * kVec);
-    const int head = static_cast<int>(at / static_cast<unsigned>(units)), unit = static_cast<int>(at) - head * units;
     const int k_heads_end = p.num_q_heads + p.num_kv_heads;
-    if (head >= k_heads_end + (kAppend ? p.num_kv_heads : 0)) {
+    if ((kVec == 1 && unit >= units) || head >= k_heads_end + (kAppend ? p.num_kv_heads : 0)) {
         return;
     }
     // From where to where; the slot, which a kernel before this one may write, is still to come.
@@ -100,7 +97,7 @@ __global__ void __launch_bounds__(kRopeThreads, kRopeMinBlocks<T, Cache>)
                            : static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride);
     T* to = first_at + (is_q ? static_cast<T*>(p.q_out) + token * p.q_out_token_stride + head * p.q_out_head_stride
                              : static_cast<T*>(p.k_out) + token * p.k_out_token_stride + kv_head * p.k_out_head_stride);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
         prefetch_l2(static_cast<const char*>(p.positions) + token * (p.position_dtype == DType::i32 ? 4 : 8));
         if constexpr (kAppend) {
             prefetch_l2(p.slot_mapping + token);
@@ -157,14 +154,16 @@ void launch_rope(const RopeParams& p, void* stream) {
         return;
     }
     const auto run = [&]<int kVec, bool kInterleaved>() {
-        const int units_per_head = p.rotary_dim / 2 / kVec + (p.head_dim - p.rotary_dim + 2 * kVec - 1) / (2 * kVec);
-        const int64_t units = int64_t{p.num_q_heads + (kAppend ? 2 : 1) * p.num_kv_heads} * units_per_head;
-        const auto threads = static_cast<unsigned>(std::min<int64_t>(kRopeThreads, (units + 31) / 32 * 32));
-        const auto blocks_per_token = static_cast<unsigned>((units + threads - 1) / threads);
-        launch(
-            rope_kernel<T, Cache, kVec, kInterleaved>,
-            {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token), .block = dim3(threads), .pdl = true},
-            stream, p, blocks_per_token);
+        const int units = p.rotary_dim / 2 / kVec + (p.head_dim - p.rotary_dim + 2 * kVec - 1) / (2 * kVec);
+        const int heads = p.num_q_heads + (kAppend ? 2 : 1) * p.num_kv_heads;
+        const int across = std::min(units, kRopeThreads), down = std::min(heads, kRopeThreads / across);
+        const auto blocks_per_token = static_cast<unsigned>((heads + down - 1) / down);
+        const auto parts_of_head = static_cast<unsigned>((units + across - 1) / across);
+        launch(rope_kernel<T, Cache, kVec, kInterleaved>,
+               {.grid = dim3(static_cast<unsigned>(p.num_tokens) * blocks_per_token, parts_of_head),
+                .block = dim3(across, down),
+                .pdl = true},
+               stream, p, blocks_per_token);
     };
     const auto run_width = [&]<int kVec>() {
         if (p.interleaved) {
@@ -181,7 +180,7 @@ void launch_rope(const RopeParams& p, void* stream) {
     const auto strides = p.q_token_stride | p.q_head_stride | p.k_token_stride | p.k_head_stride | p.v_token_stride |
                          p.v_head_stride | p.q_out_token_stride | p.q_out_head_stride | p.k_out_token_stride |
                          p.k_out_head_stride | p.head_dim | (p.rotary_dim / 2);
-    if (address % 16 == 0 && strides % kWide == 0) {
+    if (address % 16 == 0 && strides % kWide == 0 && p.head_dim <= 2 * kWide * kRopeThreads) {
         run_width.template operator()<kWide>();
     } else {
         run_width.template operator()<1>();

@@ -190,6 +190,25 @@ def test_zeros_and_extremes(device):
         )
 
 
+@pytest.mark.parametrize("per", PERS)
+@pytest.mark.parametrize("byte", BYTES, ids=str)
+@pytest.mark.parametrize("size", [256, 4096, 5120, 20480])
+def test_zeros_stay_zeros_in_the_norms(size, byte, per, device):
+    """A padded row, and zeros beside tiny elements, whose norm is so small that it is scaled up."""
+    x = torch.zeros(3, size, device=device, dtype=torch.bfloat16)
+    x[1, 5], x[2, :128] = 1e-4, torch.randn(128, device=device).bfloat16()
+    weight = torch.randn(size, device=device, dtype=torch.bfloat16)
+    given = {"scales": torch.full((1,), 2.0**-126, device=device)} if per == "tensor" else {}
+    norms = [
+        lambda **how: ops.rms_norm_quant(x, weight, EPS, **how),
+        lambda **how: ops.add_rms_norm_quant(x, torch.zeros_like(x), weight, EPS, **how),
+    ]
+    for norm in norms:
+        result, scales = norm(per=per, dtype=byte, **given)
+        assert torch.isfinite(scales).all() and (scales > 0).all()
+        assert (result.float()[x == 0] == 0).all() and result.float()[1, 5] != 0
+
+
 def test_strided(device):
     wide = torch.randn(5, 3 * 256, device=device, dtype=torch.bfloat16)
     x, out = wide[:, 256:512], torch.zeros(5, 512, dtype=torch.int8, device=device)
