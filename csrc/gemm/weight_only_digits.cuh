@@ -103,14 +103,15 @@ template <typename T, typename F>
 struct Digits {
     using Element = T;
     using Format = F;
-    static constexpr int kTokens = 4, kLaneTokens = 1, kAhead = 1;
+    static constexpr int kTokens = 4, kLaneTokens = 1;
+    static constexpr bool kEarly = true;
     static constexpr int kGroups = F::kGroups, kSums = F::kSums, kSteps = 4 / kGroups;
     static constexpr float kLeftOut = 1.0f;
 
     struct Chunk {
         uint4 digits[2];
         float scale, sum;   // sum: where there is one
-        const float* sums;  // in the slot, else: registers are few
+        const float* sums;  // in the slot, else
     };
 
     // [2 of 64 neighbours][token, digit][4 of t][16 digits], then [token] its scale and the groups' sums

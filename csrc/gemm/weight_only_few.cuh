@@ -9,8 +9,8 @@
 // the end, in the order of the warps, then of the cluster's blocks. Tiles whose sums do not fit go in groups, each with
 // x anew.
 //
-// W comes through a ring of units a warp (cp.async), which is filled before the kernel before this one ends. With
-// kBlocks = 2 a block takes half an SM, so that the next kernel's block fills its ring beside it.
+// W comes through a ring of units a warp (cp.async), which is filled before the kernel before this one ends. A block
+// has an SM for itself: beside one of the product before it, its loads would delay the small kernels between the two.
 //
 // Bytes: W and its scales once; x once a block and group, from L2.
 #pragma once
@@ -22,7 +22,6 @@
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/load_16.cuh"
 #include "common/ptx/pdl.cuh"
-#include "common/ptx/uniform.cuh"
 #include "gemm/weight_only.h"
 #include "gemm/weight_only_formats.cuh"
 #include "gemm/weight_only_room.h"
@@ -46,19 +45,18 @@ constexpr int kFewUnitBytes = F::kPieces * 512 + F::kScaleBytes;
 // Product has
 //   Element, Format
 //   kTokens: at most
+//   kEarly: whether the next kernel's blocks may come at once, or when W is read
 //   kLaneTokens: of them, whose sums a lane has: token t * kLaneTokens + e, rows g and g + 8
-//   kAhead: how many loads of x, of two tokens each, there are registers for beside the chunk before, of 64
 //   slot_bytes: what a warp needs for x of a chunk
 //   put: 16 bytes a lane, of two tokens, half a warp each, to the slot
 //   load: what a lane needs of the slot
 //   multiply: a unit; adds to the lane's sums
-template <typename Product, int kBlocks, int kSlots>
-__global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kernel(const FewArgs args) {
+template <typename Product, int kSlots>
+__global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(const FewArgs args) {
     using T = typename Product::Element;
     using F = typename Product::Format;
     constexpr int kUnitBytes = kFewUnitBytes<F>, kDataBytes = F::kPieces * 512, kRingBytes = kSlots * kUnitBytes;
-    constexpr int kLoads = Product::kTokens / 2;                     // of x, each of two tokens
-    constexpr int kAhead = kBlocks == 2 ? Product::kAhead : kLoads;  // of the next chunk's
+    constexpr int kLoads = Product::kTokens / 2;  // of x, each of two tokens
     constexpr int kLaneTokens = Product::kLaneTokens;
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
@@ -114,7 +112,9 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
         }
         cp_async_commit();
     };
-    pdl_launch_dependents();
+    if constexpr (Product::kEarly) {
+        pdl_launch_dependents();
+    }
     if (!p.constant_weight) {
         pdl_wait();
     }
@@ -131,10 +131,10 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
     // --- x: half a warp loads a token, 8 neighbours a lane; past the end of K zeros ----------------------------------
     const int token_stride = static_cast<int>(p.x_token_stride);  // fits: 8 tokens of an x not wider than 2^24
     uint4 coming[kLoads];
-    const auto load_x = [&](int index, int first, int last, int lane) {
+    const auto load_x = [&](int index) {
         const int k = (first_chunk + warp + index * warps) * kUnitSize + lane % 16 * 8;
 #pragma unroll
-        for (int i = first; i < last; ++i) {
+        for (int i = 0; i < kLoads; ++i) {
             const int token = i * 2 + lane / 16;
             coming[i] = uint4{};
             if (k < in_size && token < num_tokens) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
         }
     };
     if (my_chunks > 0) {
-        load_x(0, 0, kAhead, lane);
+        load_x(0);
     }
 
     const auto store = [&](float sum, int index) {  // index: of kept
@@ -164,21 +164,19 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
     for (int group_first = 0; group_first < my_tiles; group_first += group_tiles) {
         const int count = min(my_tiles - group_first, group_tiles);
         for (int index = 0; index < my_chunks; ++index) {
-            const int here = static_cast<int>(keep(lane));  // so that no address of this chunk is kept for the next
             if (group_first == 0 || my_chunks > 1) {
-                load_x(index, kAhead, kLoads, here);
                 __syncwarp();
 #pragma unroll
                 for (int i = 0; i < kLoads; ++i) {
                     if (i * 2 < num_tokens) {
-                        Product::put(slot, coming[i], i * 2 + here / 16, here % 16, num_tokens);
+                        Product::put(slot, coming[i], i * 2 + lane / 16, lane % 16, num_tokens);
                     }
                 }
-                load_x(index + 1 < my_chunks ? index + 1 : 0, 0, kAhead, here);
+                load_x(index + 1 < my_chunks ? index + 1 : 0);
                 __syncwarp();
             }
             typename Product::Chunk chunk;
-            Product::load(chunk, slot, here / 4, here % 4, num_tokens);
+            Product::load(chunk, slot, g, t, num_tokens);
             float2* my_sums = reinterpret_cast<float2*>(sums + warp * warp_floats) + t * (kLaneTokens * 8) + g;
 #pragma unroll 1
             for (int r = 0; r < count; ++r) {
@@ -203,6 +201,9 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
             }
         }
 
+        if constexpr (!Product::kEarly) {
+            pdl_launch_dependents();
+        }
         // --- The warps' sums -----------------------------------------------------------------------------------------
         __syncthreads();
         const int adding_warps = min(warps, num_chunks);
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kerne
 
 // False, and nothing is launched, where there is no room: for the sums of all tiles at once, or, if it may be grouped,
 // of one.
-template <typename Product, int kBlocks, int kSlots>
+template <typename Product, int kSlots>
 bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grouped, const Room& room, void* stream) {
     const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
     const int num_tiles = ceil_div(p.out_size, kUnitRows), all_chunks = ceil_div(p.in_size, kUnitSize);
@@ -252,7 +253,7 @@ bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grou
     // As many warps as share a block's chunks evenly, and enough to add up.
     const int chunks = ceil_div(all_chunks, splits);
     const int warps = std::max(ceil_div(chunks, ceil_div(chunks, most_warps)), 4);
-    const int limit = std::min(room.block_bytes, room.sm_bytes / kBlocks - 1024);
+    const int limit = room.block_bytes;
     const int tile_bytes = tokens * kUnitRows * 4;
     const int others = warps * (kSlots * kFewUnitBytes<typename Product::Format> + Product::slot_bytes(tokens)) +
                        (num_tiles / clusters + 1) * kUnitRows * 4 + (splits > 1 ? tiles * tile_bytes : 0);
@@ -261,9 +262,9 @@ bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grou
         return false;
     }
     // All that a block may have: with less the split between L1 and shared memory would change from product to product,
-    // for which an SM has to be empty.
+    // for which an SM has to be empty, and other products' blocks would come beside this one.
     launch(
-        weight_only_few_kernel<Product, kBlocks, kSlots>,
+        weight_only_few_kernel<Product, kSlots>,
         {.grid = dim3(static_cast<unsigned>(clusters * splits)),
          .block = dim3(static_cast<unsigned>(warps * 32)),
          .shared_bytes = static_cast<size_t>(limit),
@@ -274,17 +275,15 @@ bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grou
     return true;
 }
 
-// As many slots as leave room for all sums at once, else as few as keep memory busy; on GPUs with less shared memory
-// the last way has room enough for 8 tokens.
-template <typename Product, int kBlocks>
+// As many slots as leave room for all sums at once, or enough to keep memory busy; on GPUs with less shared memory the
+// last way has room enough for 8 tokens.
+template <typename Product>
 void launch_few(const WeightOnlyParams& p, int splits, const Room& room, void* stream) {
-    constexpr bool kIsByte = Product::Format::kPieces == 4, kIsHalf = kBlocks == 2;
-    constexpr int kMany = kIsHalf ? (kIsByte ? 3 : 6) : (kIsByte ? 4 : 9), kSome = kIsByte ? 2 : 4;
-    constexpr int kFew = kIsByte ? 2 : kIsHalf ? 3 : 4;
-    if (!launch_few<Product, kBlocks, kMany>(p, splits, kFewWarps, false, room, stream) &&
-        !launch_few<Product, kBlocks, kSome>(p, splits, kFewWarps, false, room, stream) &&
-        !launch_few<Product, kBlocks, kFew>(p, splits, kFewWarps, true, room, stream) &&
-        !launch_few<Product, 1, 2>(p, splits, kFewWarps / 2, true, room, stream)) {
+    constexpr bool kIsByte = Product::Format::kPieces == 4;
+    constexpr int kMany = kIsByte ? 4 : 9, kSome = kIsByte ? 3 : 4;
+    if (!launch_few<Product, kMany>(p, splits, kFewWarps, false, room, stream) &&
+        !launch_few<Product, kSome>(p, splits, kFewWarps, true, room, stream) &&
+        !launch_few<Product, 2>(p, splits, kFewWarps / 2, true, room, stream)) {
         fail("weight_only_linear: a block has no room for the sums of ", p.num_tokens, " tokens and ", p.out_size,
              " rows");
     }

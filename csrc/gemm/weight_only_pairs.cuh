@@ -17,7 +17,8 @@ template <typename T, typename F>
 struct Pairs {
     using Element = T;
     using Format = F;
-    static constexpr int kTokens = 8, kLaneTokens = 2, kAhead = F::kTokenSteps == 2 ? 0 : 1;
+    static constexpr int kTokens = 8, kLaneTokens = 2;
+    static constexpr bool kEarly = false;
     static constexpr float kLeftOut = F::template kLeftOut<T>;
 
     struct Chunk {

@@ -30,15 +30,14 @@ void run_weight_only(const WeightOnlyParams& p, void* stream) {
     if (p.num_tokens > kFewTokens) {
         return run_weight_only_more<T, F>(p, room, stream);
     }
-    const bool half = p.num_tokens <= kDigitTokens;
-    const int splits = choose_few_splits(p, room, half && kHasDigits && F::kIsInt4);
-    if (!half) {
-        launch_few<Pairs<T, F>, 1>(p, splits, room, stream);
-    } else if constexpr (kHasDigits) {
-        launch_few<Digits<T, Digit>, 2>(p, splits, room, stream);
-    } else {
-        launch_few<Pairs<T, F>, 2>(p, splits, room, stream);
+    const bool digits = kHasDigits && p.num_tokens <= kDigitTokens;
+    const int splits = choose_few_splits(p, room, digits && F::kIsInt4);
+    if constexpr (kHasDigits) {
+        if (digits) {
+            return launch_few<Digits<T, Digit>>(p, splits, room, stream);
+        }
     }
+    launch_few<Pairs<T, F>>(p, splits, room, stream);
 }
 
 template <typename F, typename Digit = void>
