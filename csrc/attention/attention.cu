@@ -130,7 +130,7 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     a.prefill_rows = planned_for_sm90 ? prefill_rows_sm90(p.head_dim, a.group) : prefill_rows(p.head_dim);
     const bool plain_keys = p.kv_dtype == p.dtype, fp8 = takes_fp8_sm90(p);
     const bool prefill = most_rows(a) > decode_rows(p.head_dim, a.group);  // else no sequence has prefill tiles
-    const bool sm90 = prefill && planned_for_sm90 && (plain_keys || fp8) && p.tree_mask == nullptr;
+    const bool sm90 = prefill && planned_for_sm90 && (p.q_dtype == p.dtype || fp8) && p.tree_mask == nullptr;
     // Prefill first, on as many SMs as the plan gives it; the decodes fill the others, and all in the end.
     a.beside_prefill = sm90;
     if (sm90) {

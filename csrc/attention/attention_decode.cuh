@@ -30,6 +30,7 @@
 // 2023 (paged KV).
 #pragma once
 
+#include "attention/as_fp16.cuh"
 #include "attention/attention_decode_keys.cuh"
 #include "common/launch.h"
 #include "common/ptx/byte_types.cuh"
@@ -41,13 +42,6 @@
 
 namespace fastkernels {
 namespace {
-
-// Two neighbouring elements of bf16 as fp16; what fp16 cannot hold becomes the largest it can.
-__device__ __forceinline__ uint32_t as_fp16(uint32_t pair) {
-    constexpr float kLargest = 65504.0f;
-    const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
-    return pack_pair<fp16>(fminf(fmaxf(low, -kLargest), kLargest), fminf(fmaxf(high, -kLargest), kLargest));
-}
 
 // 16 bytes of each of 16 keys, and the next 16 where there are more: d[0] of keys 0 to 7, d[1] of 8 to 15, d[2] and
 // d[3] of the next.
