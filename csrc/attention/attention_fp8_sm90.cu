@@ -15,7 +15,8 @@ void launch_fp8(const Sm90Args& args, void* stream) {
 }  // namespace
 
 void attention_fp8_sm90(const AttentionMmaArgs& a, void* stream) {
-    const Sm90Args args = sm90_args(a, {CU_TENSOR_MAP_DATA_TYPE_UINT8, 1}, 64);
+    const Sm90Element element{CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+    const Sm90Args args = sm90_args(a, element, element, 64);
     a.p.dtype == DType::bf16 ? launch_fp8<bf16>(args, stream) : launch_fp8<fp16>(args, stream);
 }
 

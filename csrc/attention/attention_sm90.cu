@@ -23,13 +23,13 @@ CUtensorMap tensor_map(const void* address, Sm90Element element, int head_dim, i
          .box = {128 / element.bytes, static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_rows)}});
 }
 
-template <typename T>
+template <typename T, bool kBytes>
 void launch_head(const Sm90Args& args, int num_blocks, void* stream) {
     switch (args.a.p.head_dim) {
-        case 64: return attention_sm90_head<T, 64>(args, num_blocks, stream);
-        case 96: return attention_sm90_head<T, 96>(args, num_blocks, stream);
-        case 128: return attention_sm90_head<T, 128>(args, num_blocks, stream);
-        case 256: return attention_sm90_head<T, 256>(args, num_blocks, stream);
+        case 64: return attention_sm90_head<T, 64, kBytes>(args, num_blocks, stream);
+        case 96: return attention_sm90_head<T, 96, kBytes>(args, num_blocks, stream);
+        case 128: return attention_sm90_head<T, 128, kBytes>(args, num_blocks, stream);
+        case 256: return attention_sm90_head<T, 256, kBytes>(args, num_blocks, stream);
         default: fail("attention_sm90 takes head_dim 64, 96, 128 and 256, got ", args.a.p.head_dim);
     }
 }
@@ -42,7 +42,7 @@ bool prefill_on_sm90(int64_t num_tokens, int head_dim, int group, DType dtype) {
            prefill_rows_sm90(head_dim, group) >= 64 && on_hopper();
 }
 
-Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element element, int block_keys) {
+Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element q, Sm90Element keys, int block_keys) {
     const AttentionParams& p = a.p;
     const bool paged = p.page_size > 0;
     const int box_keys = paged && p.page_size < block_keys ? p.page_size : block_keys;
@@ -52,12 +52,12 @@ Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element element, int block_key
     check(rows < int64_t{1} << 31, "attention takes caches of fewer than 2^31 rows of head_dim elements, got ", rows);
     const int64_t v_rows = paged ? rows - a.page_rows / 2 : rows;
     const int kv_heads = paged ? 1 : p.num_kv_heads;
-    const CUtensorMap q_map = tensor_map(p.q, element, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride,
+    const CUtensorMap q_map = tensor_map(p.q, q, p.head_dim, p.num_q_heads, p.num_tokens, p.q_head_stride,
                                          p.q_token_stride, a.group, tile_tokens);
-    const auto keys_map = [&](const void* keys, int64_t key_rows, int64_t head_stride, int64_t token_stride) {
+    const auto keys_map = [&](const void* address, int64_t key_rows, int64_t head_stride, int64_t token_stride) {
         return key_rows == 0
                    ? q_map  // never loaded from; the driver refuses a tensor without rows
-                   : tensor_map(keys, element, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1, box_keys);
+                   : tensor_map(address, keys, p.head_dim, kv_heads, key_rows, head_stride, token_stride, 1, box_keys);
     };
     return {
         .q_map = q_map,
@@ -72,11 +72,16 @@ Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element element, int block_key
 }
 
 void attention_sm90(const AttentionMmaArgs& a, void* stream) {
-    const bool is_bf16 = a.p.dtype == DType::bf16;
-    const int block_keys = a.p.head_dim <= 128 ? Sm90Shape<128>::kKeys : Sm90Shape<256>::kKeys, sms = num_sms();
+    const bool is_bf16 = a.p.dtype == DType::bf16, is_bytes = size_bytes(a.p.kv_dtype) == 1;
+    const int block_keys = sm90_block_keys(a.p.head_dim, is_bytes), sms = num_sms();
+    const Sm90Element element{is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2};
     const Sm90Args args =
-        sm90_args(a, {is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2}, block_keys);
-    is_bf16 ? launch_head<bf16>(args, sms, stream) : launch_head<fp16>(args, sms, stream);
+        sm90_args(a, element, is_bytes ? Sm90Element{CU_TENSOR_MAP_DATA_TYPE_UINT8, 1} : element, block_keys);
+    if (is_bytes) {
+        is_bf16 ? launch_head<bf16, true>(args, sms, stream) : launch_head<fp16, true>(args, sms, stream);
+    } else {
+        is_bf16 ? launch_head<bf16, false>(args, sms, stream) : launch_head<fp16, false>(args, sms, stream);
+    }
 }
 
 }  // namespace fastkernels

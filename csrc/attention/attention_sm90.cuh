@@ -1,6 +1,8 @@
 // The prefill tiles of attention on Hopper: out = softmax(scale * q k^T + mask) v by TMA and wgmma.
 //
-//   q, out [num_tokens, num_q_heads, D]   k, v [num_keys, num_kv_heads, D] or the pages of the KV cache   bf16 | fp16
+//   q, out [num_tokens, num_q_heads, D]   bf16 | fp16
+//   k, v   [num_keys, num_kv_heads, D] or the pages of the KV cache, dtype of q; or pages of one byte an element (e4m3,
+//          e5m2, int8) with a scale for each KV head
 //
 // One block stays on each SM and takes tiles from the list of prefill items, in its order, by a counter. A tile is 64
 // packed rows (row r is token r / group, head r % group) for each consumer warpgroup, against the keys of one KV head
@@ -13,6 +15,9 @@
 //   runs beside; the warpgroups issue in turn, so that one multiplies while another is at its softmax. P goes from the
 //   accumulators of S to the A operand in registers. The output passes through Q's place in shared memory, to be stored
 //   in pieces of 16 bytes along the rows, while S of the next tile's first block is made.
+// Keys and values of one byte are widened to fp16, exactly, by the warps that load them (attention_sm90_widen.cuh), and
+// all products are of fp16: q of bf16 is rounded to it. The scale of K joins that of the scores, the scale of V that of
+// the output.
 // Softmax is online, in powers of 2. Masks are applied only to the first block and to blocks that cross an edge.
 // Split tiles are combined by the item that finishes last, in the order of the splits, as in attention_mma.cuh.
 //
@@ -29,14 +34,14 @@ namespace fastkernels {
 namespace {
 
 // Warpgroup 0 is the producer, the others consume.
-template <typename T, int D, bool kSoftCap>
+template <typename T, int D, bool kSoftCap, bool kBytes>
 __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ Sm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Shape = Sm90Shape<D>;
+    using Shape = Sm90Shape<D, kBytes>;
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
-    Sm90Shared<D>& shared = *reinterpret_cast<Sm90Shared<D>*>(shared_bytes);
-    static_assert(sizeof(Sm90Shared<D>) == Shape::kSharedBytes && Shape::kSharedBytes <= 227 * 1024);
+    Sm90Shared<Shape>& shared = *reinterpret_cast<Sm90Shared<Shape>*>(shared_bytes);
+    static_assert(sizeof(Sm90Shared<Shape>) == Shape::kSharedBytes && Shape::kSharedBytes <= 227 * 1024);
 
     if (threadIdx.x == 0) {
         tma_prefetch_map(args.q_map);
@@ -50,11 +55,12 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
             mbarrier_init(shared_address(&shared.tile_full[i]), 1);
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
             mbarrier_init(shared_address(&shared.q_empty[i]),
-                          Shape::kConsumers * 4 * kLanesArrive<D, kSoftCap> + Shape::kLoaders * 32);
+                          Shape::kConsumers * 4 * kLanesArrive<Shape, kSoftCap> + Shape::kLoaders * 32);
         }
-        for (int i = 0; i < Shape::kLoaders; ++i) {
-            mbarrier_init(shared_address(&shared.tail[i]), 1);
+        for (int i = 0; i < 2 * Shape::kLoaders; ++i) {
+            mbarrier_init(shared_address(&shared.landed[i]), 1);
         }
+        mbarrier_init(shared_address(&shared.q_landed), 1);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -72,20 +78,21 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
         if (warp == 0) {
             produce_tiles(args, shared, num_tiles, participants);
         } else {
-            produce_keys<D>(args, shared, warp);
+            produce_keys(args, shared, warp);
         }
     } else {
         take_registers<Shape::kConsumerRegisters>();
-        consume<T, D, kSoftCap>(args, shared);
+        consume<T, kSoftCap>(args, shared);
     }
 #endif
 }
 
 }  // namespace
 
-template <typename T, int D>
+template <typename T, int D, bool kBytes>
 void attention_sm90_head(const Sm90Args& args, int num_blocks, void* stream) {
-    launch(args.a.p.soft_cap > 0.0f ? attention_sm90_kernel<T, D, true> : attention_sm90_kernel<T, D, false>,
+    launch(args.a.p.soft_cap > 0.0f ? attention_sm90_kernel<T, D, true, kBytes>
+                                    : attention_sm90_kernel<T, D, false, kBytes>,
            {.grid = dim3(num_blocks),
             .block = dim3(Sm90Shape<D>::kThreads),
             .shared_bytes = Sm90Shape<D>::kSharedBytes,

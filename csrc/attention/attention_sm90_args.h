@@ -25,36 +25,47 @@ struct Sm90Args {
 #endif
 };
 
-struct Sm90Element {  // of q, k and v
+struct Sm90Element {  // of q, or of k and v
     CUtensorMapDataType type;
     uint32_t bytes;
 };
 
 // block_keys: the most keys of a box
-Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element element, int block_keys);
+Sm90Args sm90_args(const AttentionMmaArgs& a, Sm90Element q, Sm90Element keys, int block_keys);
 
-template <int D>
+// Keys of a block. With head_dim 64 bytes lack the registers for 128.
+constexpr int sm90_block_keys(int head_dim, bool widens) {
+    return head_dim == 256 || (widens && head_dim == 64) ? 64 : 128;
+}
+
+// kWidens: keys and values come as bytes, and lie in the ring as fp16.
+template <int D, bool kWidening = false>
 struct Sm90Shape {
+    static constexpr int kHeadDim = D;
+    static constexpr bool kWidens = kWidening;
     static constexpr int kConsumers = D <= 64 ? 3 : 2;  // warpgroups
     static constexpr int kLoaders = 3;                  // warps of the producer that load K and V
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kRows = 64 * kConsumers;
     static_assert(kRows == prefill_rows_sm90(D, 1));
-    static constexpr int kKeys = D <= 128 ? 128 : 64;  // of a block
+    static constexpr int kKeys = sm90_block_keys(D, kWidens);
     static constexpr int kPanelColumns = 64;
-    static constexpr int kPanels = (D + 63) / 64;  // what a row lacks TMA fills with zeros
+    static constexpr int kPanels = (D + 63) / 64;                      // what a row lacks TMA fills with zeros
+    static constexpr int kBoxColumns = kWidens ? 128 : kPanelColumns;  // of a box of keys, 128 bytes
+    static constexpr int kBoxPanels = kWidens ? (D + 127) / 128 : kPanels;
     static constexpr int kQBytes = kRows * kPanels * 128;
     static constexpr int kSlotBytes = kKeys * kPanels * 128;  // a block of K or of V
     static constexpr int kQSlots = D <= 128 ? 2 : 1;
-    static constexpr int kSlots = D <= 64 ? 8 : 5;
+    static constexpr int kSlots = D <= 64 ? 1024 / kKeys : 5;
     static constexpr bool kHoldBack = kConsumers == 2;  // see hold_back()
     static constexpr int kSharedBytes = kQSlots * kQBytes + kSlots * kSlotBytes + 1024;
     // 65,536 a block: of the consumers' share S takes kKeys / 2, O D / 2 and P kKeys / 4.
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    static constexpr int kProducerRegisters = kWidens ? (D == 256 ? 72 : 56) : kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = (504 + 8 * (kConsumers == 3) - kProducerRegisters) / kConsumers / 8 * 8;
 };
 
-template <typename T, int D>
+// T: of out. Keys and values are of T, or with kBytes of one byte.
+template <typename T, int D, bool kBytes>
 void attention_sm90_head(const Sm90Args& args, int num_blocks, void* stream);
 
 }  // namespace fastkernels

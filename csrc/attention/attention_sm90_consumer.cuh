@@ -149,10 +149,11 @@ __device__ void combine_if_last(const Sm90Args& args, const Tile& t, int* last) 
     }
 }
 
-template <typename T, int D, bool kSoftCap>
-__device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& shared) {
-    using Shape = Sm90Shape<D>;
-    constexpr int kKeys = Shape::kKeys, kConsumers = Shape::kConsumers;
+// Out: the dtype of the output. The products are of it too, or of fp16 where keys come as bytes.
+template <typename Out, bool kSoftCap, typename Shape>
+__device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<Shape>& shared) {
+    using T = std::conditional_t<Shape::kWidens, fp16, Out>;
+    constexpr int D = Shape::kHeadDim, kKeys = Shape::kKeys, kConsumers = Shape::kConsumers;
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
     const int consumer = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4,
@@ -232,16 +233,17 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
 
         RowState rows = {{kNegInf, kNegInf}, {0.0f, 0.0f}};
         float correction[2];
+        const float exponent = Shape::kWidens && !kSoftCap ? a.exponent * tile.k_scale : a.exponent;
         const auto weigh = [&](auto masked, int block) {
             if constexpr (kSoftCap) {
-                cap_scores(s, a.tanh_exponent);
+                cap_scores(s, Shape::kWidens ? a.tanh_exponent * tile.k_scale : a.tanh_exponent);
             }
             if constexpr (decltype(masked)::value) {
                 const int first[2] = {row_first[0] - block * kKeys, row_first[1] - block * kKeys};
                 const int last[2] = {row_last[0] - block * kKeys, row_last[1] - block * kKeys};
                 mask_scores(s, first, last);
             }
-            return softmax<decltype(masked)::value>(s, rows, correction, a.exponent);
+            return softmax<decltype(masked)::value>(s, rows, correction, exponent);
         };
 
         // --- The first block of keys, S of which is under way --------------------------------------------------------
@@ -308,12 +310,13 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
 
         // --- The output ----------------------------------------------------------------------------------------------
         const auto store = [&] {
+            const float v_scale = Shape::kWidens && p.v_scale != nullptr ? p.v_scale[tile.kv_head] : 1.0f;
             float scale[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 1);
                 rows.sum[half] += __shfl_xor_sync(0xffffffffu, rows.sum[half], 2);
-                scale[half] = rows.sum[half] > 0.0f ? rcp_approx(rows.sum[half]) : 0.0f;
+                scale[half] = rows.sum[half] > 0.0f ? v_scale * rcp_approx(rows.sum[half]) : 0.0f;
             }
             const uint32_t q_empty = shared_address(&shared.q_empty[q_slot]);
             if (tile.num_splits == 1) {
@@ -325,10 +328,10 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
                     const uint32_t address = warp_shared + i / 4 * (Shape::kRows * 128) + lane % 16 * 128 +
                                              ((i % 4 * 2 + lane / 16) ^ lane % 8) * 16;
                     const float* x = o + i * 8;
-                    stmatrix_x4(address, pack_pair<T>(x[0] * scale[0], x[1] * scale[0]),
-                                pack_pair<T>(x[2] * scale[1], x[3] * scale[1]),
-                                pack_pair<T>(x[4] * scale[0], x[5] * scale[0]),
-                                pack_pair<T>(x[6] * scale[1], x[7] * scale[1]));
+                    stmatrix_x4(address, pack_pair<Out>(x[0] * scale[0], x[1] * scale[0]),
+                                pack_pair<Out>(x[2] * scale[1], x[3] * scale[1]),
+                                pack_pair<Out>(x[4] * scale[0], x[5] * scale[0]),
+                                pack_pair<Out>(x[6] * scale[1], x[7] * scale[1]));
                 }
                 fence_async_shared();  // TMA writes there next
                 __syncwarp();
@@ -347,7 +350,7 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
                     const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
                     const int tile_row = consumer * 64 + warp * 16 + r;
                     if (tile_row < tile_rows) {
-                        *reinterpret_cast<uint4*>(out_row<T>(args, tile, tile_row) + piece * 8) = x[i];
+                        *reinterpret_cast<uint4*>(out_row<Out>(args, tile, tile_row) + piece * 8) = x[i];
                     }
                 }
             } else {
@@ -358,18 +361,18 @@ __device__ __forceinline__ void consume(const Sm90Args& args, Sm90Shared<D>& sha
 #pragma unroll
                         for (int n = 0; n < D / 8; ++n) {
                             *reinterpret_cast<float2*>(partial + n * 8 + quad * 2) =
-                                make_float2(o[n * 4 + half * 2], o[n * 4 + half * 2 + 1]);
+                                make_float2(o[n * 4 + half * 2] * v_scale, o[n * 4 + half * 2 + 1] * v_scale);
                         }
                         if (quad == 0) {
                             *reinterpret_cast<float2*>(partial + D) =
-                                make_float2(rows.max[half] * a.exponent, rows.sum[half]);
+                                make_float2(rows.max[half] * exponent, rows.sum[half]);
                         }
                     }
                 }
-                combine_if_last<T, D>(args, tile, &shared.last);
+                combine_if_last<Out, D>(args, tile, &shared.last);
             }
             __syncwarp();
-            if (kLanesArrive<D, kSoftCap> == 32 || elected) {
+            if (kLanesArrive<Shape, kSoftCap> == 32 || elected) {
                 mbarrier_arrive(q_empty);
             }
         };

@@ -3,7 +3,7 @@
 
 namespace fastkernels {
 
-template void attention_sm90_head<bf16, 96>(const Sm90Args&, int, void*);
-template void attention_sm90_head<fp16, 96>(const Sm90Args&, int, void*);
+template void attention_sm90_head<bf16, 96, false>(const Sm90Args&, int, void*);
+template void attention_sm90_head<fp16, 96, false>(const Sm90Args&, int, void*);
 
 }  // namespace fastkernels

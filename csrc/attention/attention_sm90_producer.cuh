@@ -2,8 +2,10 @@
 #pragma once
 
 #include "attention/attention_sm90_shared.cuh"
+#include "attention/attention_sm90_widen.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/mbarrier.cuh"
+#include "common/ptx/mbarrier_test.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 
@@ -40,6 +42,7 @@ __device__ __forceinline__ void make_tile(Tile& t, const AttentionMmaArgs& a, co
 }
 
 // Warp 0: takes tiles from the list, tells the others, and loads Q.
+// Where keys are widened to fp16, queries of bf16 become that too.
 template <typename Shared>
 __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Shared& shared, int num_tiles, int participants) {
     using Shape = typename Shared::Shape;
@@ -52,6 +55,8 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Shared& shar
         const int32_t* items = p.work_map + args.item_offset;
         return lane < kItemInts && index < num_tiles ? items[item_of(index) * kItemInts + lane] : 0;
     };
+    const bool rounds_q = Shape::kWidens && p.dtype == DType::bf16;
+    uint32_t q_landed_parity = 0;
     Place<Shape::kQSlots> place;
     int index = blockIdx.x, word = item_word(index);
     for (;; place.next()) {
@@ -63,6 +68,10 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Shared& shar
         Tile& tile = shared.tiles[place.slot];
         const uint32_t tile_full = shared_address(&shared.tile_full[place.slot]);
         const uint32_t q_full = shared_address(&shared.q_full[place.slot]);
+        uint32_t q_barrier = q_full;
+        if constexpr (Shape::kWidens) {
+            q_barrier = rounds_q ? shared_address(&shared.q_landed) : q_full;
+        }
         if (index >= num_tiles) {
             if (lane == 0) {
                 tile.rows = 0;
@@ -76,12 +85,25 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Shared& shar
             // Wraps to 0 after the last, ready for the next launch.
             taken = atomicInc(reinterpret_cast<unsigned*>(const_cast<int32_t*>(p.work_map) + 2), num_tiles - 1);
             make_tile(tile, a, shared.item, head_of(index), args.tile_tokens, Shape::kKeys, 1 << args.box_shift);
+            if constexpr (Shape::kWidens) {
+                tile.k_scale = p.k_scale != nullptr ? p.k_scale[tile.kv_head] : 1.0f;
+            }
             mbarrier_arrive(tile_full);
-            mbarrier_arrive_expect_bytes(q_full, Shape::kPanels * args.tile_tokens * a.group * 128);
+            mbarrier_arrive_expect_bytes(q_barrier, Shape::kPanels * args.tile_tokens * a.group * 128);
 #pragma unroll 1
             for (int i = 0; i < Shape::kPanels; ++i) {
                 tma_load(shared_address(shared.q[place.slot]) + i * (Shape::kRows * 128), args.q_map,
-                         i * Shape::kPanelColumns, tile.kv_head * a.group, tile.first_token, q_full);
+                         i * Shape::kPanelColumns, tile.kv_head * a.group, tile.first_token, q_barrier);
+            }
+        }
+        if constexpr (Shape::kWidens) {
+            if (rounds_q) {
+                mbarrier_wait(shared_address(&shared.q_landed), q_landed_parity);
+                q_landed_parity ^= 1;
+                round_queries<Shape::kQBytes>(shared_address(shared.q[place.slot]), lane);
+                if (lane == 0) {
+                    mbarrier_arrive(q_full);
+                }
             }
         }
         __syncwarp();  // shared.item has been read
@@ -91,18 +113,17 @@ __device__ __forceinline__ void produce_tiles(const Sm90Args& args, Shared& shar
 }
 
 // Warps 1 to 3 take the places of K0, K1, V0, K2, V1 ... V(n - 2), V(n - 1) in turn, across tiles too. The last block
-// of keys is number 0. A lane loads a box.
-template <int D>
-__device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>& shared, int warp) {
-    using Shape = Sm90Shape<D>;
-    constexpr int kKeys = Shape::kKeys, kPanels = Shape::kPanels, kLoaders = Shape::kLoaders;
+// of keys is number 0. A lane loads a box. Bytes the warp then widens to fp16, where they lie.
+template <typename Shape>
+__device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<Shape>& shared, int warp) {
+    constexpr int kKeys = Shape::kKeys, kPanels = Shape::kBoxPanels, kLoaders = Shape::kLoaders;
+    constexpr int kFirstPanel = Shape::kPanels - kPanels;  // of a place, for boxes
     const AttentionMmaArgs& a = args.a;
     const AttentionParams& p = a.p;
     const int lane = threadIdx.x % 32, box_shift = args.box_shift;
     const int panel = lane % kPanels, box_key = lane / kPanels << box_shift;  // this lane's box in a block
     const bool paged = p.page_size > 0;
-    const uint32_t tail = shared_address(&shared.tail[warp - 1]);
-    uint32_t tail_parity = 0;
+    int num_landed = 0;  // places that this warp changed
 
     Place<Shape::kQSlots> tile_place;
     Place<Shape::kSlots> place;
@@ -133,40 +154,68 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<D>
                                         a.page_rows +
                                     tile.kv_head * p.page_size + (key & (p.page_size - 1)));
         };
-        int row = look_up(i);
-#pragma unroll 1
-        for (; i < 2 * num_blocks; i += kLoaders) {
-            const int next_row = look_up(i + kLoaders);
-            const bool v = is_v(i);
-            const int keys = tile.len_k - first_key(i);  // that the sequence has from here on
+        const auto load = [&](int place, int slot, int row, uint32_t barrier) {
+            const int keys = tile.len_k - first_key(place);  // that the sequence has from here on
             const int boxes = max(0, min(kKeys, keys + (1 << box_shift) - 1)) >> box_shift;
-            const uint32_t full = shared_address(&shared.full[place.slot]);
-            const uint32_t slot = shared_address(shared.ring[place.slot]);
-            const bool zeroes = v && keys < kKeys;
-            const uint32_t barrier = zeroes ? tail : full;
-            mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
             if (lane == 0) {
                 mbarrier_arrive_expect_bytes(barrier, boxes * kPanels << box_shift << 7);
             }
             __syncwarp();
             if (lane < boxes * kPanels) {
-                tma_load(slot + (panel * kKeys + box_key) * 128, v ? args.v_map : args.k_map, panel * 64,
-                         paged ? 0 : tile.kv_head, row, barrier);
+                const uint32_t to = shared_address(shared.ring[slot]);
+                tma_load(to + ((kFirstPanel + panel) * kKeys + box_key) * 128, is_v(place) ? args.v_map : args.k_map,
+                         panel * Shape::kBoxColumns, paged ? 0 : tile.kv_head, row, barrier);
             }
-            if (zeroes) {
-                mbarrier_wait(tail, tail_parity);
-                tail_parity ^= 1;
+        };
+        const auto hand_on = [&] {  // what this warp wrote to the slot
+            fence_async_shared();
+            __syncwarp();
+            if (lane == 0) {
+                mbarrier_arrive(shared_address(&shared.full[place.slot]));
+            }
+        };
+        int row = look_up(i);
+        [[maybe_unused]] bool under_way = false;  // bytes of place i
 #pragma unroll 1
-                for (int j = max(0, keys) * 8 + lane; j < kKeys * 8; j += 32) {
-#pragma unroll
-                    for (int column = 0; column < kPanels; ++column) {
-                        store_shared_16(slot + column * (kKeys * 128) + j * 16, make_uint4(0, 0, 0, 0));
-                    }
+        for (; i < 2 * num_blocks; i += kLoaders) {
+            const int next_row = look_up(i + kLoaders);
+            const int keys = tile.len_k - first_key(i);
+            const uint32_t slot = shared_address(shared.ring[place.slot]);
+            const auto empty = [&](int slot) { return shared_address(&shared.empty[slot]); };
+            if constexpr (Shape::kWidens) {
+                const auto landed = [&](int n) { return shared_address(&shared.landed[(warp - 1) * 2 + n % 2]); };
+                if (!under_way) {
+                    mbarrier_wait(empty(place.slot), place.parity ^ 1);
+                    load(i, place.slot, row, landed(num_landed));
                 }
-                fence_async_shared();
-                __syncwarp();
-                if (lane == 0) {
-                    mbarrier_arrive(full);
+                // The next bytes come while these are widened, if there is room for them.
+                Place<Shape::kSlots> next = place;
+                next.advance(kLoaders);
+                under_way = i + kLoaders < 2 * num_blocks &&
+                            __all_sync(0xffffffffu, mbarrier_test(empty(next.slot), next.parity ^ 1));
+                if (under_way) {
+                    load(i + kLoaders, next.slot, next_row, landed(num_landed + 1));
+                }
+                mbarrier_wait(landed(num_landed), num_landed / 2 % 2);
+                ++num_landed;
+                widen<Shape>(p.kv_dtype, slot, keys, lane);
+                hand_on();
+            } else {
+                const bool zeroes = is_v(i) && keys < kKeys;
+                const uint32_t landed = shared_address(&shared.landed[warp - 1]);
+                mbarrier_wait(empty(place.slot), place.parity ^ 1);
+                load(i, place.slot, row, zeroes ? landed : shared_address(&shared.full[place.slot]));
+                if (zeroes) {
+                    mbarrier_wait(landed, num_landed % 2);
+                    ++num_landed;
+#pragma unroll 1
+                    for (int j = max(0, keys) * 8 + lane; j < kKeys * 8; j += 32) {
+#pragma unroll
+                        for (int column = 0; column < kPanels; ++column) {
+                            store_shared_16(slot + column * (kKeys * 128) + j * 16, make_uint4(0, 0, 0, 0));
+                        }
+                    }
+                    hand_on();
                 }
             }
             row = next_row;

@@ -15,16 +15,18 @@ struct Tile {
     int begin, end, num_blocks;         // of keys; at least one block, which may be empty
     int split, num_splits, partial_row, counter;
     int seq, k_begin, len_k;
+    float k_scale;  // where keys are widened
 };
 
-template <int D>
+template <typename SharedShape>
 struct Sm90Shared {
-    using Shape = Sm90Shape<D>;
+    using Shape = SharedShape;
     alignas(1024) unsigned char q[Shape::kQSlots][Shape::kQBytes];
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];
     uint64_t tile_full[Shape::kQSlots], q_full[Shape::kQSlots], q_empty[Shape::kQSlots];
-    uint64_t tail[Shape::kLoaders];  // a block of V whose end is to be zeroed
+    uint64_t landed[2 * Shape::kLoaders];  // a block that its loader is to change before it is full; bytes: two in turn
+    uint64_t q_landed;                     // likewise Q
     Tile tiles[Shape::kQSlots];
     WorkItem item;  // of the tile that warp 0 prepares
     int last;       // whether this block combines the tile's splits
@@ -32,8 +34,8 @@ struct Sm90Shared {
 
 // Lanes of a consumer warp that say it has done with a tile. One would do after __syncwarp(), and has to where
 // registers are short; but compute-sanitizer's racecheck only sees the order of what the arriving lane did itself.
-template <int D, bool kSoftCap>
-constexpr int kLanesArrive = D == 64 && kSoftCap ? 1 : 32;
+template <typename Shape, bool kSoftCap>
+constexpr int kLanesArrive = Shape::kHeadDim == 64 && kSoftCap && !Shape::kWidens ? 1 : 32;
 
 // Named barriers: 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;       // and the next ones: a consumer warpgroup's turn to issue

@@ -7,6 +7,7 @@
 // first, and c is raised until there are no more than the target, since the few above it would be waited for; but not
 // where that leaves a third of the GPU idle. Tiles of a sequence come last first, since under a causal mask those see
 // most keys. Bytes: 8 a sequence read, 48 an item written.
+#include "attention/attention_decode.h"
 #include "attention/attention_sm90.h"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
@@ -20,22 +21,26 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 
-// Sum of x over the threads before this one; total: over all. Every thread of the block calls it.
-__device__ uint64_t block_exclusive_scan(uint64_t x, uint64_t* total, uint64_t* scratch) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint64_t inclusive = warp_inclusive_scan(x, lane);
-    __syncthreads();  // scratch may still be read from an earlier call
-    if (lane == 31) {
-        scratch[warp] = inclusive;
+// Sum of x over the threads before this one; total: over all. Every thread of the block calls it. Two scratches take
+// turns: who comes to write one has passed the barrier behind which all have read it.
+struct BlockScan {
+    uint64_t (*scratch)[kWarps];  // [2], shared
+    int turn = 0;
+
+    __device__ uint64_t operator()(uint64_t x, uint64_t& total) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const uint64_t inclusive = warp_inclusive_scan(x, lane);
+        uint64_t* sums = scratch[turn];
+        turn ^= 1;
+        if (lane == 31) {
+            sums[warp] = inclusive;
+        }
+        __syncthreads();
+        const uint64_t warps = warp_inclusive_scan(sums[lane], lane);
+        total = __shfl_sync(0xffffffffu, warps, kWarps - 1);
+        return inclusive - x + (__shfl_sync(0xffffffffu, warps, warp) - sums[warp]);
     }
-    __syncthreads();
-    if (warp == 0) {
-        scratch[lane] = warp_inclusive_scan(scratch[lane], lane);
-    }
-    __syncthreads();
-    *total = scratch[kWarps - 1];
-    return inclusive - x + (warp == 0 ? 0 : scratch[warp - 1]);
-}
+};
 
 // One of the two lists of items.
 struct List {
@@ -77,7 +82,10 @@ struct Tile {
 
 // first_tile: [num_seqs + 1], the exclusive scan of count_tiles
 __device__ Tile find_tile(int t, const int* first_tile, const PlanArgs& a) {
-    int low = 0, high = static_cast<int>(a.p.num_seqs) - 1;  // the last sequence whose first tile is <= t
+    int low = 0, high = static_cast<int>(a.p.num_seqs) - 1;               // the last sequence whose first tile is <= t
+    if (t <= high && first_tile[t] == t && first_tile[t + 1] == t + 1) {  // of decodes alone it is sequence t
+        low = high = t;
+    }
     while (low < high) {
         const int middle = (low + high + 1) / 2;
         if (first_tile[middle] <= t) {
@@ -107,48 +115,62 @@ __device__ __forceinline__ int list_of(const Lengths& s, const PlanArgs& a) {
 }
 
 // Items of a tile of a list; one that is longer than a split by a sixteenth stays whole.
-__device__ __forceinline__ int count_splits(const Tile& tile, int list, int64_t blocks_per_split) {
-    const int64_t splits = (tile.key_blocks - blocks_per_split / 16 + blocks_per_split - 1) / blocks_per_split;
-    const int most = list == 0 ? kMaxDecodeSplits : max_splits(tile.rows);
-    return max(1, static_cast<int>(min(splits, static_cast<int64_t>(most))));
+__device__ __forceinline__ int count_splits(const Tile& tile, int list, int blocks_per_split) {
+    const int splits = (tile.key_blocks - blocks_per_split / 16 + blocks_per_split - 1) / blocks_per_split;
+    return max(1, min(splits, list == 0 ? kMaxDecodeSplits : max_splits(tile.rows)));
 }
+
+// The tiles of a step, a thread a tile. Of the first kThreads, all there are as a rule, each is found once.
+struct Tiles {
+    int count;
+    const int* first_tile;
+    Tile own;
+
+    __device__ Tiles(int num_tiles, const int* first, const PlanArgs& a) : count(num_tiles), first_tile(first) {
+        if (static_cast<int>(threadIdx.x) < count) {
+            own = find_tile(threadIdx.x, first_tile, a);
+        }
+    }
+    __device__ Tile operator()(int t, const PlanArgs& a) const {
+        return t < kThreads ? own : find_tile(t, first_tile, a);
+    }
+};
 
 // Blocks of keys a split of a list's tiles, c or as much more as keeps their items within the target. Every thread of
 // the block calls it.
-__device__ int64_t fit_target(int64_t c, int list, int num_tiles, const int* first_tile, const PlanArgs& a,
-                              uint64_t* scratch) {
-    const int64_t most = a.lists[list].target;
-    int64_t fitting = c, items = 0;
+__device__ int fit_target(int c, int list, const Tiles& tiles, const PlanArgs& a, BlockScan& scan) {
+    const int most = a.lists[list].target;
+    int fitting = c;
+    int64_t items = 0;
     for (int attempt = 0; attempt < 12; ++attempt) {
         uint64_t counts = 0, total;  // of items, and in the upper half of tiles
-        for (int t = threadIdx.x; t < num_tiles; t += kThreads) {
-            const Tile tile = find_tile(t, first_tile, a);
+        for (int t = threadIdx.x; t < tiles.count; t += kThreads) {
+            const Tile tile = tiles(t, a);
             if (list_of(tile.lengths, a) == list) {
                 counts += (uint64_t{1} << 32) + count_splits(tile, list, fitting);
             }
         }
-        block_exclusive_scan(counts, &total, scratch);
+        scan(counts, total);
         items = static_cast<int64_t>(total & 0xffffffff);
         if (items <= most || static_cast<int64_t>(total >> 32) > most) {
             break;
         }
-        fitting += max(fitting * (items - most) / (2 * most), int64_t{1});
+        fitting += static_cast<int>(max(fitting * (items - most) / (2 * most), int64_t{1}));
     }
     return items * 10 >= most * 7 ? fitting : c;
 }
 
 // The items of a list, in the order of the tiles; returns their number. Every thread of the block calls it.
-__device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split, const int* first_tile,
-                               const PlanArgs& a, uint64_t* scratch) {
+__device__ int64_t write_items(int list, const Tiles& tiles, int blocks_per_split, const PlanArgs& a, BlockScan& scan) {
     // One scan for three counts: items (24 bits), rows of partial results (24), split tiles (16).
     WorkItem* items = reinterpret_cast<WorkItem*>(a.p.work_map + a.lists[list].item_offset);
     uint64_t done = 0, total;
-    for (int base = 0; base < num_tiles; base += kThreads) {
+    for (int base = 0; base < tiles.count; base += kThreads) {
         const int t = base + threadIdx.x;
         Tile tile{};
         int splits = 0;
-        if (t < num_tiles) {
-            tile = find_tile(t, first_tile, a);
+        if (t < tiles.count) {
+            tile = tiles(t, a);
             if (list_of(tile.lengths, a) == list) {
                 splits = count_splits(tile, list, blocks_per_split);
             }
@@ -157,7 +179,7 @@ __device__ int64_t write_items(int list, int num_tiles, int64_t blocks_per_split
         const uint64_t counts = static_cast<uint64_t>(splits) |
                                 static_cast<uint64_t>(split ? splits * tile.rows : 0) << 24 |
                                 static_cast<uint64_t>(split) << 48;
-        const uint64_t before = done + block_exclusive_scan(counts, &total, scratch);
+        const uint64_t before = done + scan(counts, total);
         done += total;
         const int64_t first_item = before & 0xffffff;
         const int partial_row = a.lists[list].first_partial_row + static_cast<int>(before >> 24 & 0xffffff);
@@ -189,53 +211,61 @@ __device__ __forceinline__ int prefill_sms(uint64_t decode_blocks, uint64_t pref
 
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs a) {
     extern __shared__ int first_tile[];
-    __shared__ uint64_t scratch[kWarps];
+    __shared__ uint64_t scratch[2][kWarps];
     const int thread = threadIdx.x, num_seqs = static_cast<int>(a.p.num_seqs);
+    BlockScan scan{scratch};
     pdl_wait();
     pdl_launch_dependents();
 
-    uint64_t num_tiles = 0, total;
+    uint64_t num_tiles = 0, total;  // the upper half: of prefill
     for (int base = 0; base < num_seqs; base += kThreads) {
         const int seq = base + thread;
-        const uint64_t tiles = seq < num_seqs ? count_tiles(lengths(a.p, seq).len_q, a) : 0;
-        const uint64_t before = block_exclusive_scan(tiles, &total, scratch);
+        uint64_t tiles = 0;
         if (seq < num_seqs) {
-            first_tile[seq] = static_cast<int>(num_tiles + before);
+            const Lengths s = lengths(a.p, seq);
+            tiles = static_cast<uint64_t>(count_tiles(s.len_q, a));
+            tiles |= list_of(s, a) == 1 ? tiles << 32 : 0;
+        }
+        const uint64_t before = num_tiles + scan(tiles, total);
+        if (seq < num_seqs) {
+            first_tile[seq] = static_cast<int>(before & 0xffffffff);
         }
         num_tiles += total;
     }
+    const int all_tiles = static_cast<int>(num_tiles & 0xffffffff), prefill_tiles = static_cast<int>(num_tiles >> 32);
     if (thread == 0) {
-        first_tile[num_seqs] = static_cast<int>(num_tiles);
+        first_tile[num_seqs] = all_tiles;
     }
     for (int i = thread; i < a.num_counters; i += kThreads) {
         a.p.work_map[kHeaderInts + i] = 0;
     }
     __syncthreads();
 
-    uint64_t key_blocks[2] = {};
-    for (int t = thread; t < static_cast<int>(num_tiles); t += kThreads) {
-        const Tile tile = find_tile(t, first_tile, a);
-        key_blocks[list_of(tile.lengths, a)] += tile.key_blocks;
+    const Tiles tiles(all_tiles, first_tile, a);
+    uint64_t key_blocks = 0;  // of decode, and in the upper half of prefill
+    for (int t = thread; t < all_tiles; t += kThreads) {
+        const Tile tile = tiles(t, a);
+        key_blocks += static_cast<uint64_t>(tile.key_blocks) << (list_of(tile.lengths, a) == 1 ? 32 : 0);
     }
-    uint64_t all_key_blocks[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        block_exclusive_scan(key_blocks[i], &all_key_blocks[i], scratch);
-    }
+    uint64_t all_key_blocks;
+    scan(key_blocks, all_key_blocks);
+    const uint32_t list_blocks[2] = {static_cast<uint32_t>(all_key_blocks),
+                                     static_cast<uint32_t>(all_key_blocks >> 32)};
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-        const auto blocks = static_cast<int64_t>(i == 0 ? all_key_blocks[0] : all_key_blocks[1]);
-        const int64_t target = a.lists[i].target;
-        const int64_t share = max(static_cast<int64_t>(a.lists[i].min_split_blocks), (blocks + target - 1) / target);
-        const int64_t blocks_per_split = fit_target(share, i, static_cast<int>(num_tiles), first_tile, a, scratch);
-        const int64_t num_items = write_items(i, static_cast<int>(num_tiles), blocks_per_split, first_tile, a, scratch);
+        int64_t num_items = 0;
+        if ((i == 0 ? all_tiles - prefill_tiles : prefill_tiles) > 0) {
+            const uint32_t blocks = i == 0 ? list_blocks[0] : list_blocks[1], target = a.lists[i].target;
+            const int share = max(a.lists[i].min_split_blocks, static_cast<int>((blocks + target - 1) / target));
+            num_items = write_items(i, tiles, fit_target(share, i, tiles, a, scan), a, scan);
+        }
         if (thread == 0) {
             a.p.work_map[i] = static_cast<int>(num_items);
         }
     }
     if (thread == 0) {
         a.p.work_map[2] = 0;
-        a.p.work_map[3] = prefill_sms(all_key_blocks[0], all_key_blocks[1], a.tile_rows, a.num_sms);
+        a.p.work_map[3] = prefill_sms(list_blocks[0], list_blocks[1], a.tile_rows, a.num_sms);
     }
 }
 
@@ -250,6 +280,7 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
     const int group = p.num_q_heads / p.num_kv_heads, sms = num_sms();
     const int64_t target = target_items(p.num_kv_heads, sms);
     const int64_t decode_target = decode_target_items(p.num_kv_heads, sms);
+    const bool large_blocks = decodes_in_large_blocks(p.num_tokens, group, p.head_dim);
     const bool sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, group, p.dtype);
     const PlanArgs a{
         .p = p,
@@ -260,7 +291,8 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
         .num_sms = sms,
         .lists = {{.item_offset = work_map_item_offset(p.num_kv_heads, sms),
                    .most_items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms),
-                   .target = static_cast<int32_t>(decode_target),
+                   .target =
+                       large_blocks ? large_block_items(p.num_kv_heads, sms) : static_cast<int32_t>(decode_target),
                    .first_counter = 0,
                    .first_partial_row = 0,
                    .min_split_blocks = p.num_tokens < kFewTokens ? kMinSplitTilesOfFew : kMinSplitTiles},

@@ -9,6 +9,7 @@ from fastkernels.ops import reference
 from tests.tolerances import assert_as_good_as_torch, poisoned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BYTES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
 # (num_q_heads, num_kv_heads): groups of 1, 3, 4, 7, and one KV head
 HEADS = [(2, 2), (6, 2), (8, 2), (7, 1), (4, 1)]
 
@@ -87,6 +88,33 @@ class PagedBatch:
         again = ops.paged_attention(self.q, self.kv_cache, *rest, **options)
         assert torch.equal(out[:n], again[:n]), "two runs differ"
         return out
+
+
+def half_dtypes(device: torch.device) -> list[torch.dtype]:
+    return [torch.float16, torch.bfloat16] if device.type == "cuda" else DTYPES
+
+
+def with_bytes(batch: PagedBatch, dtype: torch.dtype) -> tuple[PagedBatch, dict[str, torch.Tensor]]:
+    """The batch with a cache of this dtype, and scales that differ from head to head."""
+    heads, device = batch.kv_cache.shape[2], batch.q.device
+    k_scale, v_scale = (0.02 * (1 + torch.arange(2 * heads, device=device).float())).view(2, heads)
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    cache = batch.kv_cache.float() / torch.stack((k_scale, v_scale))[None, :, :, None, None]
+    cache = cache.clamp(-largest, largest)  # unused slots are NaN, and in int8 what a 0 * NaN would not show
+    batch.kv_cache = cache.nan_to_num(127.0).round().to(dtype) if dtype == torch.int8 else cache.to(dtype)
+    return batch, {"k_scale": k_scale, "v_scale": v_scale}
+
+
+def check_bytes(batch: PagedBatch, **options) -> torch.Tensor:
+    arguments = (batch.kv_cache, batch.page_table, batch.seq_lens, batch.cu_seqlens_q)
+    out = poisoned(*batch.q.shape, dtype=batch.q.dtype, device=batch.q.device)
+    ops.paged_attention(batch.q, *arguments, out=out, **options)
+    n = batch.num_tokens
+    exact = reference.paged_attention(batch.q.double(), *arguments, **options)
+    plain = reference.paged_attention(batch.q, *arguments, **options)
+    assert_as_good_as_torch(out[:n], plain[:n], exact[:n])
+    assert torch.equal(ops.paged_attention(batch.q, *arguments, **options)[:n], out[:n]), "two runs differ"
+    return out
 
 
 def check_contiguous(
