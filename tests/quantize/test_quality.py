@@ -29,6 +29,7 @@ GROWTH = {
     "fp8": 0.003,
     "fp8-block": 0.003,
     "int8": 0.005,
+    "int8-zeros": 0.005,
     "int8-weight": 0.001,
     "int4-awq": 0.04,
     "int4-gptq": 0.04,

@@ -198,8 +198,8 @@ class QuantizedWriter:
                 for path in self._source.path.glob(pattern):
                     if path.is_file():
                         shutil.copyfile(path, self._partial / path.name)
-            (self._partial / _PROGRESS).unlink()
             self._partial.rename(self._out)
+            (self._out / _PROGRESS).unlink()  # not before: without it the next run would begin again
         return self._out
 
     def discard(self) -> None:
