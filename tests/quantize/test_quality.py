@@ -118,7 +118,8 @@ def test_algorithms_against_round_to_nearest(bench, scheme):
 
 FP8_KV = pytest.mark.xfail(
     strict=False,
-    reason="0.20 to 0.37% by calibration text and scale, 0.30% in the mean, where 0.3% was aimed for",
+    reason="0.17 to 0.39% by calibration text and scale, 0.30% in the mean, where 0.3% was aimed for; "
+    "docs/quantization.md",
 )
 
 

@@ -164,15 +164,11 @@ def test_the_memory_is_that_of_one_layer(tmp_path, text):
             words = Path("/proc/self/status").read_text().split()
             held.append(int(words[words.index("RssAnon:") + 1]) * 1024)
 
-    quantize_checkpoint(
-        model, tmp_path / "out", scheme="fp8", text=text, samples=1, sequence_length=64, device="cpu",
-        progress=note,
-    )  # fmt: skip
+    quantize_checkpoint(model, tmp_path / "out", scheme="int4-nearest", text=text, **FEW, progress=note)
     layer_bytes = 4 * sum(
         Checkpoint(model).tensor(name).numel() for name in Checkpoint(model).names() if "layers.0." in name
     )
-    print([round((one - held[0]) / layer_bytes, 2) for one in held])
-    assert layer_bytes > 8e6
+    assert len(held) == 10 and layer_bytes > 6e6
     assert held[-1] - held[2] < 2 * layer_bytes
 
 

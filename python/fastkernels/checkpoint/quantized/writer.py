@@ -221,9 +221,13 @@ class QuantizedWriter:
         if (self._partial / _PROGRESS).exists():
             self._progress = read_json_object(self._partial / _PROGRESS)
             for name, value in arguments.items():
-                if self._progress.get("arguments", {}).get(name) != value:
+                if (before := self._progress.get("arguments", {}).get(name)) != value:
+                    which = name
+                    if name == "settings" and isinstance(before, dict):
+                        differing = (key for key in value if before.get(key) != value[key])
+                        which += f" ({', '.join(differing)})"
                     raise CheckpointError(
-                        f"{self._partial} is of an interrupted run with other {name}; remove it to start "
+                        f"{self._partial} is of an interrupted run with other {which}; remove it to start "
                         "again"
                     )
             return
