@@ -20,11 +20,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluate") / "out"
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "short.txt").write_text("import os\n" * 50)  # whose perplexity nobody looks at
     quantize_checkpoint(
-        "demo", out, scheme="int8-weight", exclude=["model.layers.4.*"], device="cpu", sequence_length=256
+        "demo",
+        folder / "out",
+        scheme="int8-weight",
+        exclude=["model.layers.4.*"],
+        text=folder / "short.txt",
+        device="cpu",
+        sequence_length=256,
     )
-    return out
+    return folder / "out"
 
 
 def test_figures_are_those_of_the_logits(quantised):

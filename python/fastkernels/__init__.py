@@ -10,6 +10,7 @@ from fastkernels._library import _C
 from fastkernels.config import SamplingParams
 
 if TYPE_CHECKING:
+    from fastkernels import quantize
     from fastkernels.llm import LLM, RequestOutput, TextPiece
     from fastkernels.quantize.run import quantize_checkpoint
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "errors",
     "ops",
+    "quantize",
     "quantize_checkpoint",
     "register_with_transformers",
 ]
@@ -35,6 +37,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """The engine is imported when it is first asked for, so that the ops alone stay light."""
+    if name == "quantize":
+        return importlib.import_module("fastkernels.quantize")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastkernels' has no attribute {name!r}")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastkernels.checkpoint import Checkpoint, model_folder
 from fastkernels.errors import RequestError
 from fastkernels.llm import LLM
+from fastkernels.ops.device import choose_device
 from fastkernels.progress import failing_clearly, loading_progress
 from fastkernels.quantize.calibration import TextWindows, evaluation_windows
 from fastkernels.quantize.decoder_layers import DecoderLayers
@@ -99,7 +100,7 @@ def evaluate_model(
                 nats, compared = _compare(llm, other, windows, report)
     comparison = None
     if against is not None:
-        errors = layer_errors(model_folder(model), model_folder(against), windows, report)
+        errors = layer_errors(model_folder(model), model_folder(against), windows, report, device)
         comparison = _comparison(str(against), nats, *compared, errors)
     return Evaluation(
         model=str(model),
@@ -124,19 +125,23 @@ def _engine(model: str | Path, device: str, dtype: str) -> LLM:
 
 
 def layer_errors(
-    model: Path, against: Path, windows: TextWindows, report: Progress | None = None
+    model: Path,
+    against: Path,
+    windows: TextWindows,
+    report: Progress | None = None,
+    device: str = "auto",
 ) -> tuple[float, ...]:
     """Each layer of ``model`` on the hidden states of ``against``: its output's error over what the layer
     adds.
 
-    Empty for models whose layers are not alike. Runs the plain definition on the CPU, one layer in memory.
+    Empty for models whose layers are not alike. Runs the plain definition in fp32, one layer in memory.
     """
     pair = [Checkpoint(folder) for folder in (model, against)]
     shapes = [(c.config.num_layers, c.config.hidden_size) for c in pair]
     if shapes[0] != shapes[1]:
         return ()
-    length, device = windows.inputs.shape[1], torch.device("cpu")
-    own, other = (DecoderLayers(checkpoint, length, device) for checkpoint in pair)
+    length, where = windows.inputs.shape[1], choose_device(device)
+    own, other = (DecoderLayers(checkpoint, length, where, torch.float32) for checkpoint in pair)
     hidden = other.embed(windows.inputs[:_LAYER_WINDOWS])
     errors = []
     for index in range(len(other)):

@@ -87,13 +87,18 @@ def test_the_package_reads_mixed_schemes(tmp_path: Path) -> None:
         torch.testing.assert_close(weight.float(), ours, rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("name", ["int4", "int8-weight", "fp8-block"])
+@pytest.mark.parametrize("name", ["int4", "int4-zeros", "int8-weight", "fp8-block"])
 def test_transformers_reads_what_is_written(tmp_path: Path, name: str) -> None:
+    """Zero points only as it loads the weights: compressed, it expects them unpacked, whoever wrote them
+    (https://github.com/vllm-project/llm-compressor/issues/1618)."""
     import transformers
 
     demo = Checkpoint(DEMO_FOLDER)
     out = quantise(DEMO_FOLDER, tmp_path / "out", dict.fromkeys(linears_of(demo), name))
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if name == "int4-zeros":
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(out, **options).eval()
     with LLM(out, device="cpu", max_num_seqs=1) as llm:
         ours = llm.generate(
             "def fibonacci(n):", SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

@@ -276,7 +276,12 @@ def test_arguments_that_are_refused(plain: Path, tmp_path: Path) -> None:
 
     QuantizedWriter(plain, tmp_path / "out", {UP: "fp8"}, settings={"samples": 8})
     refused("is of an interrupted run with other schemes; remove it", tmp_path / "out", {UP: "int8"})
-    refused("interrupted run with other settings", tmp_path / "out", {UP: "fp8"}, settings={"samples": 9})
+    refused(
+        r"interrupted run with other settings \(samples\); remove",
+        tmp_path / "out",
+        {UP: "fp8"},
+        settings={"samples": 9},
+    )
 
     (tmp_path / "empty").mkdir()
     writer = QuantizedWriter(plain, tmp_path / "empty", {UP: "fp8"})

@@ -15,6 +15,7 @@ NAMES = [
     "fp8",
     "fp8-block",
     "int8-weight",
+    "int8-zeros",
     "int4",
     "int4-zeros",
     "int4-g32",

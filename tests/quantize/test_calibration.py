@@ -80,6 +80,7 @@ def broken(folder: Path) -> dict[str, Path]:
         "lines": (b'{"text": "a"}\n{"txt": "b"}\n', "jsonl"),
         "json": (b'{"text": "a"}\n{"text": \n', "jsonl"),
         "number": (b"3\n", "jsonl"),
+        "misspelt": (b'{"messages": [{"role": "user", "text": "why?"}]}\n', "jsonl"),
     }
     for name, (content, suffix) in files.items():
         (folder / f"{name}.{suffix}").write_bytes(content)
@@ -98,6 +99,7 @@ def broken(folder: Path) -> dict[str, Path]:
         ("lines", r'lines.jsonl, line 2 is no document; it must be {"text": ...} or {"messages": \[...\]}'),
         ("json", r"json.jsonl, line 2 is not valid JSON"),
         ("number", r"number.jsonl, line 1 is no document"),
+        ("misspelt", r'misspelt.jsonl, line 1 is no document; .*, each message with "role" and "content"$'),
         ("missing", r"missing.txt cannot be read: No such file"),
         ("folder", r"cannot be read: Is a directory"),
     ],

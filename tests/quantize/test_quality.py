@@ -29,6 +29,7 @@ GROWTH = {
     "fp8": 0.003,
     "fp8-block": 0.003,
     "int8": 0.005,
+    "int8-zeros": 0.005,
     "int8-weight": 0.001,
     "int4-awq": 0.04,
     "int4-gptq": 0.04,
@@ -117,7 +118,8 @@ def test_algorithms_against_round_to_nearest(bench, scheme):
 
 FP8_KV = pytest.mark.xfail(
     strict=False,
-    reason="0.20 to 0.37% by calibration text and scale, 0.30% in the mean, where 0.3% was aimed for",
+    reason="0.17 to 0.39% by calibration text and scale, 0.30% in the mean, where 0.3% was aimed for; "
+    "docs/quantization.md",
 )
 
 

@@ -152,6 +152,26 @@ def test_an_interrupted_run_goes_on(tmp_path, text, monkeypatch):
     assert first.tensor("model.layers.1.self_attn.k_scale").item() > 0
 
 
+def test_the_memory_is_that_of_one_layer(tmp_path, text):
+    """However many layers there are: the anonymous memory of the process behind each of them."""
+    sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10}
+    model, held = make_checkpoint(tmp_path, Case("LlamaForCausalLM", sizes), dtype=torch.bfloat16), []
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model / file).write_bytes((DEMO_FOLDER / file).read_bytes())
+
+    def note(stage: str, done: int, total: int, error: float | None) -> None:
+        if error is not None:
+            words = Path("/proc/self/status").read_text().split()
+            held.append(int(words[words.index("RssAnon:") + 1]) * 1024)
+
+    quantize_checkpoint(model, tmp_path / "out", scheme="int4-nearest", text=text, **FEW, progress=note)
+    layer_bytes = 4 * sum(
+        Checkpoint(model).tensor(name).numel() for name in Checkpoint(model).names() if "layers.0." in name
+    )
+    assert len(held) == 10 and layer_bytes > 6e6
+    assert held[-1] - held[2] < 2 * layer_bytes
+
+
 def test_mixed_schemes_and_a_head(tmp_path, text):
     model, out = family(tmp_path, "qwen3"), tmp_path / "out"
     quantize_checkpoint(
@@ -172,6 +192,8 @@ def test_python_m_and_the_exported_function(tmp_path, text):
     from fastkernels.cli import app
 
     assert fastkernels.quantize_checkpoint is quantize_checkpoint
+    with pytest.raises(QuantizationError, match="no scheme is called 'int3'"):
+        fastkernels.quantize("demo", tmp_path / "out", scheme="int3")
     model = family(tmp_path, "llama")
     arguments = ["quantize", str(model), str(tmp_path / "out"), "--scheme", "fp8", "--device", "cpu"]
     arguments += ["--text", str(text), "--sequence-length", "64"]

@@ -7,11 +7,17 @@ behind any of them gives every group a zero point, and ``-fp16`` or ``-fp32`` be
 checkpoints have them.
 ``@cuda`` behind a name is the same weights in the layout of the GPU's kernel, which engines on CUDA hold;
 ``on_cuda`` says which a GPU has, and ``stored_on_cuda`` which it has for weights of a quantised checkpoint.
+
+The package can be called: ``fastkernels.quantize(MODEL, OUT, scheme=...)`` is
+``fastkernels.quantize_checkpoint``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 from fastkernels.quantize.fp8 import Fp8, Fp8Weight
 from fastkernels.quantize.fp8_block import Fp8Block, Fp8BlockWeight
@@ -96,3 +102,13 @@ def stored_on_cuda(name: str, out_size: int, in_size: int, capability: tuple[int
         return rounded
     except QuantizationError:
         return on_cuda(f"{name.removesuffix('-zeros')}-weight", capability)
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        from fastkernels.quantize.run import quantize_checkpoint
+
+        return quantize_checkpoint(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

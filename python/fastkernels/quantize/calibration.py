@@ -173,9 +173,18 @@ def _document(where: str, line: str) -> Document:
     if isinstance(value, dict):
         if isinstance(value.get("text"), str):
             return str(value["text"])
-        if isinstance(value.get("messages"), list):
-            return list(value["messages"])
-    raise CalibrationError(f'{where} is no document; it must be {{"text": ...}} or {{"messages": [...]}}')
+        messages = value.get("messages")
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            return messages
+    raise CalibrationError(
+        f'{where} is no document; it must be {{"text": ...}} or {{"messages": [...]}}, each message with '
+        '"role" and "content"'
+    )
+
+
+def _is_message(value: object) -> bool:
+    """Templates print nothing for what is not there, so that a misspelt key would go unseen."""
+    return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)
 
 
 def _encode(tokenizer: Tokenizer, document: Document, source: str) -> list[int]:

@@ -44,7 +44,9 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not be there, or be empty.")],
     scheme: Annotated[
         str,
-        typer.Option(help="fp8, fp8-block, int8, int8-weight, int4-awq, int4-gptq, nvfp4, mxfp4."),
+        typer.Option(
+            help="fp8, fp8-block, int8, int8-zeros, int8-weight, int4-awq, int4-gptq, nvfp4, mxfp4."
+        ),
     ],
     kv: Annotated[str | None, typer.Option(help="Scales for a KV cache of 8 bits: fp8 or int8.")] = None,
     kv_range: Annotated[
@@ -79,7 +81,7 @@ def quantize(
     with failing_clearly():
         from fastkernels.quantize.run import as_dict, quantize_checkpoint
 
-        with _layer_progress() as progress:
+        with _going_on(out), _layer_progress() as progress:
             report = quantize_checkpoint(
                 model,
                 out,
@@ -103,6 +105,17 @@ def quantize(
             print(json.dumps(as_dict(report)))
         else:
             print_report(report)
+
+
+@contextmanager
+def _going_on(out: Path) -> Iterator[None]:
+    """Says where an interrupted run is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (partial := out.with_name(out.name + ".partial")).is_dir():
+            print(f"interrupted; the same command goes on from {partial}", file=sys.stderr)
+        raise
 
 
 def print_report(report: QuantizationReport) -> None:

@@ -2,7 +2,7 @@
 them.
 
 fp8  fp8-block  int8-weight       round to nearest, scales of least squared error
-int8                              SmoothQuant
+int8  int8-zeros                  SmoothQuant
 int4-awq  int4-gptq               groups with zero points
 nvfp4  mxfp4                      round to nearest, scales of least error of the output
 int4-nearest                      the base line of the two above: the largest magnitudes decide
@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, Algorithm]] = {
     "fp8": ("fp8", "nearest"),
     "fp8-block": ("fp8-block", "nearest"),
     "int8": ("int8", "smoothquant"),
+    "int8-zeros": ("int8-zeros", "smoothquant"),
     "int8-weight": ("int8-weight", "nearest"),
     "int4-awq": ("int4-zeros", "awq"),
     "int4-gptq": ("int4-zeros", "gptq"),

@@ -198,8 +198,8 @@ class QuantizedWriter:
                 for path in self._source.path.glob(pattern):
                     if path.is_file():
                         shutil.copyfile(path, self._partial / path.name)
-            (self._partial / _PROGRESS).unlink()
             self._partial.rename(self._out)
+            (self._out / _PROGRESS).unlink()  # not before: without it the next run would begin again
         return self._out
 
     def discard(self) -> None:
@@ -221,9 +221,13 @@ class QuantizedWriter:
         if (self._partial / _PROGRESS).exists():
             self._progress = read_json_object(self._partial / _PROGRESS)
             for name, value in arguments.items():
-                if self._progress.get("arguments", {}).get(name) != value:
+                if (before := self._progress.get("arguments", {}).get(name)) != value:
+                    which = name
+                    if name == "settings" and isinstance(before, dict):
+                        differing = (key for key in value if before.get(key) != value[key])
+                        which += f" ({', '.join(differing)})"
                     raise CheckpointError(
-                        f"{self._partial} is of an interrupted run with other {name}; remove it to start "
+                        f"{self._partial} is of an interrupted run with other {which}; remove it to start "
                         "again"
                     )
             return

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastkernels.ops.quantized_gemm import row_sums
 from fastkernels.quantize.fp8 import LARGEST, to_e4m3
 from fastkernels.quantize.scheme import Scheme, divide, pack_nibbles, to_e2m1, usable
 
@@ -66,7 +67,10 @@ class Grid:
                 if kind == "int8"
                 else pack_nibbles(codes + (8 if zero is None else zero))
             )
-        return {"packed": packed.contiguous(), **self.stored}
+        parts = {"packed": packed.contiguous(), **self.stored}
+        if self.scheme.activation == "int8-zeros":
+            parts["sums"] = row_sums(parts["packed"])
+        return parts
 
     def _spread(self, by_block: Tensor, weight: Tensor, columns: Tensor | None) -> Tensor:
         rows, size = self.scheme.block(self.in_size)
