@@ -90,11 +90,7 @@ void run_weight_only_sm90(const WeightOnlyTileArgs& args, int tokens, void* stre
         case 16: return launch_weight_only_sm90<T, F, 16>(args, stream);
         case 32: return launch_weight_only_sm90<T, F, 32>(args, stream);
         case 64: return launch_weight_only_sm90<T, F, 64>(args, stream);
-        #ifdef FOLD128
-        case 128: return launch_weight_only_sm90<T, WideFormat<F>, 128>(args, stream);
-#else
-case 128: return launch_weight_only_sm90<T, F, 128>(args, stream);
-#endif
+        case 128: return launch_weight_only_sm90<T, F, 128>(args, stream);
         case 256:
             if constexpr (kHasWideTile<F>) {
                 return launch_weight_only_sm90<T, WideFormat<F>, 256>(args, stream);

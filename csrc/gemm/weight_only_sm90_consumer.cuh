@@ -17,7 +17,7 @@ struct WeightTileConsumer {
     using Shape = WeightTileShape<F, kN>;
     using X = std::conditional_t<kTakesE4m3<F>, __nv_fp8_e4m3, T>;
     static constexpr int kSums = kN / 2;
-    static constexpr int kUnits16 = kN / 16;               // of tokens
+    static constexpr int kUnits16 = kN / 16, kOutUnits = Shape::kOutUnits;  // of tokens
     static constexpr int kSteps = 64 * int{sizeof(X)} / 32;  // wgmmas of 64 neighbours
     // Sums that a scale multiplies before they are added are the wgmmas' of kPart steps. They take registers of their
     // own, so that 256 tokens take turns by 128.
@@ -210,20 +210,20 @@ struct WeightTileConsumer {
         named_barrier_sync(1 + group, 128);  // of the first team
     }
 
-    // The scales of a tile's tokens, to where store() finds them.
+    // The scales of a tile's tokens, to where stage() finds them once the group has met again.
     __device__ __forceinline__ void bring_scales(int64_t token) const {
-        if constexpr (kTakesE4m3<F>) {
+        if (kTakesE4m3<F> && team == 0) {
+            sync_group();  // those of the tile before have been read
             for (int i = threadIdx.x % 128; i < kN; i += 128) {
                 shared.x_scales[group][i] = token + i < args.p.num_tokens ? args.p.x_scales[token + i] : 0.0f;
             }
-            sync_group();
         }
     }
 
-    // The sums of the tile's 16 tokens from `first` on, transposed by way of shared memory; `turn` counts calls.
-    __device__ __forceinline__ void store(const float (&d)[8], const float (&factor)[2], const float (&more)[2],
-                                          int64_t token, int first, int64_t row, int turn) const {
-        const WeightOnlyParams& p = args.p;
+    // The sums of the tile's 16 tokens from `first` on, to this warp's unit of `out`: 32 bytes a token, whose halves
+    // change places every 4 tokens, so that no bank is met twice.
+    __device__ __forceinline__ void stage(const float (&d)[8], const float (&factor)[2], const float (&more)[2],
+                                          int first, int unit) const {
         uint32_t pairs[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -237,19 +237,20 @@ struct WeightTileConsumer {
             pairs[i] = pack_pair<T>(fmaf(d[i * 2], of_token.x, more[i % 2]),
                                     fmaf(d[i * 2 + 1], of_token.y, more[i % 2]));
         }
-        unsigned char* panel = shared.out[group][turn % Shape::kOutPanels];
-        if constexpr (Shape::kOutPanels == 1) {
-            sync_group();  // the one before has been read
-        }
-        const int thread = threadIdx.x % 128;
-        stmatrix_x4_transposed(
-            shared_address(panel) + (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16,
-            pairs[0], pairs[1], pairs[2], pairs[3]);
-        sync_group();
-        const int of = thread / 8;
-        const auto piece = reinterpret_cast<const uint4*>(panel + of * 128 + (thread % 8 ^ of % 8) * 16);
-        token += first + of;
-        row += thread % 8 * 8;
+        const int token = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+        stmatrix_x4_transposed(shared_address(shared.out[group * 4 + warp][unit]) + token * 32 +
+                                   (half ^ token / 4 % 2) * 16,
+                               pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+
+    // What the warp has staged there, by lanes that each have 8 rows of a token.
+    __device__ __forceinline__ void write(int64_t token, int64_t row, int unit) const {
+        const WeightOnlyParams& p = args.p;
+        const int of = lane / 2, half = lane % 2;
+        const auto piece = reinterpret_cast<const uint4*>(shared.out[group * 4 + warp][unit] + of * 32 +
+                                                          (half ^ of / 4 % 2) * 16);
+        token += of;
+        row += warp * 16 + half * 8;
         if (token < p.num_tokens) {
             T* out = static_cast<T*>(p.out) + token * p.out_token_stride + row;
             if (args.wide_out && row + 8 <= p.out_size) {
@@ -298,7 +299,6 @@ struct WeightTileConsumer {
 
     __device__ __forceinline__ void run() {
         const WeightOnlyParams& p = args.p;
-        int turn = 0;
         for (WeightTileWalk walk(args); !walk.ended(); walk.next()) {
             int rows, token_tile;
             walk.place(kN, rows, token_tile);
@@ -311,17 +311,28 @@ struct WeightTileConsumer {
                 factor[half] = p.row_factors[n] * F::template kLeftOut<T>;
                 more[half] = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[n]);
             }
+            bring_scales(token);
             float sum[kSums];
             multiply(sum, walk.num_chunks);
             if (!add_teams(sum, walk.shared)) {
                 continue;
             }
-            bring_scales(token);
+            if (kTakesE4m3<F>) {
+                sync_group();
+            }
             if (!walk.shared) {
 #pragma unroll
                 for (int i = 0; i < kUnits16; ++i) {
                     const float* d = sum + i * 8;
-                    store({d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]}, factor, more, token, i * 16, row, turn++);
+                    stage({d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]}, factor, more, i * 16, i % kOutUnits);
+                    if (i % kOutUnits == kOutUnits - 1) {
+                        __syncwarp();
+#pragma unroll
+                        for (int unit = 0; unit < kOutUnits; ++unit) {
+                            write(token + (i / kOutUnits * kOutUnits + unit) * 16, row, unit);
+                        }
+                        __syncwarp();
+                    }
                 }
                 continue;
             }
@@ -344,7 +355,10 @@ struct WeightTileConsumer {
                         d[e] += both[e];
                     }
                 }
-                store(d, factor, more, token, i * 16, row, turn++);
+                stage(d, factor, more, i * 16, 0);
+                __syncwarp();
+                write(token + i * 16, row, 0);
+                __syncwarp();
             }
         }
         if (Shape::kTeams == 2 && team == 1 && shares_tile(args)) {

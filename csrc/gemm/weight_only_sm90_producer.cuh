@@ -25,14 +25,16 @@ struct WeightTileShape {
     static constexpr int kPanels = kTakesE4m3<F> ? 1 : 2;
     static constexpr int kPanelSize = kUnitSize / kPanels, kPanelBytes = kN * 128;  // elements of each token
     static constexpr int kXBytes = kPanels * kPanelBytes, kWeightBytes = kUnits * kUnitBytes;
-    static constexpr int kOutBytes = 16 * 128;             // 16 tokens, 64 rows
-    static constexpr int kOutPanels = kN == 256 ? 1 : 2;  // in turn, of each warpgroup
     static constexpr int kScales = kTakesE4m3<F> ? kN : 4;
     static constexpr int kMeetBytes = kTeams == 2 ? kN * kWeightTileRows * 4 : 16;  // the second team's sums
     static constexpr int kMostBytes = 227 * 1024;
-    static constexpr int kSlots =
-        std::min(16, (kMostBytes - 512 - 2 * kOutPanels * kOutBytes - 2 * kScales * 4 - kMeetBytes) /
-                         (kXBytes + kWeightBytes));
+    static constexpr int slots(int out_units) {
+        const int rest = 512 + 8 * out_units * kOutBytes + 2 * kScales * 4 + kMeetBytes;
+        return std::min(16, (kMostBytes - rest) / (kXBytes + kWeightBytes));
+    }
+    static constexpr int kOutBytes = 16 * 32;  // 16 tokens, a warp's 16 rows; so many times in each warp's hands:
+    static constexpr int kOutUnits = kN == 16 ? 1 : kN == 32 || slots(4) < 3 ? (slots(2) < 3 ? 1 : 2) : 4;
+    static constexpr int kSlots = slots(kOutUnits);
     // A block has what it is launched with, the same for all threads, in eights.
     static constexpr int kProducerRegisters = kTeams == 2 ? 64 : 40, kConsumerRegisters = kTeams == 2 ? 104 : 232;
     static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
@@ -42,7 +44,7 @@ struct WeightTileShape {
 template <typename Shape>
 struct WeightTileShared {
     alignas(1024) unsigned char x[Shape::kSlots][Shape::kXBytes];
-    alignas(1024) unsigned char out[2][Shape::kOutPanels][Shape::kOutBytes];
+    alignas(16) unsigned char out[8][Shape::kOutUnits][Shape::kOutBytes];  // of the first team's warps
     alignas(16) unsigned char meet[Shape::kMeetBytes];
     alignas(16) float x_scales[2][Shape::kScales];  // of a tile's tokens, for each warpgroup
     alignas(16) char weight[Shape::kSlots][Shape::kWeightBytes];
