@@ -80,7 +80,7 @@ bool weight_only_sm90_runs() {
     return compute_capability() == 90 && built;
 }
 
-// By timings of int4 on an H200 (docs/kernels/gemm.md): a chunk of a tile, and what it costs to share tiles.
+// By timings of int4 and int4_e4m3 on an H200 (docs/kernels/gemm.md): a chunk of a tile, and what it costs to share tiles.
 int weight_only_sm90_tactic(const WeightOnlyParams& p) {
     const int sms = num_sms();
     // Up to 8 tokens the other kernel is faster; up to 16 where there are no whole rounds.
@@ -98,8 +98,8 @@ int weight_only_sm90_tactic(const WeightOnlyParams& p) {
         }
         const Rounds rounds = rounds_of(p, tile, sms);
         const double chunks = static_cast<double>(ceil_div(p.in_size, kUnitSize));
-        const double chunk_us = 0.38 + 0.0032 * tile.tokens;
-        const double share_us = rounds.cluster == 1 ? 0.5 : rounds.cluster == 2 ? 2.7 : 5.2;
+        const double chunk_us = takes_e4m3(p.format) ? 0.26 + 0.0023 * tile.tokens : 0.38 + 0.0032 * tile.tokens;
+        const double share_us = rounds.cluster == 1 ? 0.5 : (rounds.cluster == 2 ? 2.0 : 4.5) + 0.025 * tile.tokens;
         const double us = rounds.in_time * chunks * chunk_us + share_us;
         if (best == 0 || us < least) {
             best = kWeightOnlyFewTactics + 1 + i;

@@ -4,10 +4,9 @@ import json
 import re
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-
-from dataclasses import replace
 
 import pytest
 import torch
