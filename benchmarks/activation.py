@@ -1,4 +1,4 @@
-"""silu_mul and gelu_mul, silu_mul with a quantised result, and quantize alone."""
+"""silu_mul and gelu_mul, both with a quantised result, and quantize alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from benchmarks.peers import compiled, vllm_name, vllm_ops
 from benchmarks.shapes import shapes_for, tokens_label
 from fastkernels import ops
 from fastkernels.ops import reference
+
+_QUANT = {  # what is quantised
+    "silu_mul_quant": (ops.silu_mul_quant, reference.silu_mul),
+    "gelu_mul_quant": (ops.gelu_mul_quant, reference.gelu_mul),
+    "quantize": (ops.quantize, None),
+}
+_AT_LARGEST = [("silu_mul_quant", "tensor"), ("quantize", "tensor")]
+_AT_LARGEST += [("gelu_mul_quant", per) for per in ("tensor", "token", "block")]
 
 
 class Inputs(NamedTuple):
@@ -38,6 +46,11 @@ def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[C
         for per in ("token", "block"):
             for num_tokens in shapes.tokens:
                 yield _quant_case(name, per, (num_tokens, shapes.intermediate_size), shapes.dtype, device)
+    largest = (shapes.tokens[-1], shapes.intermediate_size)
+    for name, per in _AT_LARGEST:
+        yield _quant_case(name, per, largest, shapes.dtype, device)
+    for name in ("silu_mul_quant", "quantize"):
+        yield _quant_case(name, "token", largest, shapes.dtype, device, torch.int8)
 
 
 def _case(name, ours, plain, by_vllm, size, dtype, device, compile_peers) -> Case:
@@ -67,37 +80,43 @@ def _case(name, ours, plain, by_vllm, size, dtype, device, compile_peers) -> Cas
     )
 
 
-def _quant_case(name: str, per: str, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
-    """Fp8."""
+def _quant_case(
+    name: str,
+    per: str,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    result: torch.dtype = torch.float8_e4m3fn,
+) -> Case:
     num_tokens, width = size
-    gated = name == "silu_mul_quant"
-    op = ops.silu_mul_quant if gated else ops.quantize
+    op, plain = _QUANT[name]
+    halves = 1 if plain is None else 2
 
     def make() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = torch.randn(num_tokens, (2 if gated else 1) * width, dtype=dtype, device=device)
-        out = torch.empty(num_tokens, width, dtype=torch.float8_e4m3fn, device=device)
-        shape = (num_tokens,) if per == "token" else (num_tokens, width // 128)
-        return x, out, torch.empty(shape, device=device)
+        x = torch.randn(num_tokens, halves * width, dtype=dtype, device=device)
+        out = torch.empty(num_tokens, width, dtype=result, device=device)
+        shape = {"tensor": (1,), "token": (num_tokens,), "block": (num_tokens, width // 128)}[per]
+        return x, out, torch.full(shape, 0.02, device=device)
 
     def ours(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
         x, out, scales = given
-        return lambda: op(x, per=per, scales=scales, out=out)
+        return lambda: op(x, per=per, scales=scales, dtype=result, out=out)
 
     def expect(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x = given[0].float()
-        return reference.quantize(reference.silu_mul(x) if gated else x, per)
+        x, scales = given[0].float(), given[2].clone() if per == "tensor" else None
+        return reference.quantize(x if plain is None else plain(x), per, scales, result)
 
     def by_torch(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]):
         x, out, scales = given
-        return lambda: ops.quantize(reference.silu_mul(x), per=per, scales=scales, out=out)
+        return lambda: ops.quantize(plain(x), per=per, scales=scales, dtype=result, out=out)
 
     return Case(
         name,
-        f"per {per}, {tokens_label(num_tokens)}",
+        f"{'int8, ' if result == torch.int8 else ''}per {per}, {tokens_label(num_tokens)}",
         dtype,
         make=make,
         ours=ours,
         expect=expect,
-        num_bytes=num_tokens * width * ((2 if gated else 1) * dtype.itemsize + 1),
-        peers={"torch eager, our quantize": by_torch} if gated else {},
+        num_bytes=num_tokens * width * (halves * dtype.itemsize + 1),
+        peers={} if plain is None else {"torch eager, our quantize": by_torch},
     )

@@ -7,6 +7,7 @@ beside themselves in bf16, and beside the machine's read bandwidth.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 import time
@@ -34,17 +35,18 @@ def run(*, device: torch.device, quick: bool, only: str | None) -> list[Row]:
     """Times a token. Rows of other subjects and cases than only are left out."""
     threads = torch.get_num_threads()
     torch.set_num_threads(NUM_THREADS)
+    load = os.getloadavg()[0]  # of what else runs: above some tenths, a run is not one to keep
     try:
         rows = _beside_transformers(quick, only)
-        rows += _quantized("demo", 20 if quick else 100, 2 if quick else 8, only)
+        rows += _quantized("demo", 20 if quick else 100, 2 if quick else 8, only, load)
         if not quick:
-            rows += _quantized("llama-3.2-1b", 16, 5, only)
+            rows += _quantized("llama-3.2-1b", 16, 5, only, load)
     finally:
         torch.set_num_threads(threads)
     return rows
 
 
-def _quantized(model: str, num_tokens: int, rounds: int, only: str | None) -> list[Row]:
+def _quantized(model: str, num_tokens: int, rounds: int, only: str | None, load: float) -> list[Row]:
     """Every scheme of SCHEMES; the floor is the bytes of the linears' weights at the read bandwidth.
 
     The least time of some rounds in which the engines take turns: a shared machine disturbs most of them.
@@ -91,7 +93,8 @@ def _quantized(model: str, num_tokens: int, rounds: int, only: str | None) -> li
                     peer="" if scheme is None else "itself in bf16",
                     peer_us=None if scheme is None else token_us[0],
                     extra={"tokens/s": 1e6 / us, "GB/s of weights": rate, "of read bandwidth": rate / gb_s},
-                    note=f"the least of {rounds} rounds; {gb_s:.1f} GB/s read in the same run",
+                    note=f"the least of {rounds} rounds; {gb_s:.1f} GB/s read in the same run; "
+                    f"load {load:.1f} before",
                 )
             )
     return rows

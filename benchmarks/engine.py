@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks import engine_peers
-from benchmarks.harness import Row, ceilings
+from benchmarks.harness import ResultError, Row, ceilings
 from fastkernels import LLM, SamplingParams
 from fastkernels.compiler import compile_model
 from fastkernels.compiler.ledger import weights_bytes
@@ -42,8 +42,13 @@ class Setup:
 CASES: dict[Setup, list[tuple[int, int]]] = {
     Setup("llama-3.1-8b"): [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 512)],
     Setup("llama-3.1-8b", "fp8"): [(1, 128), (8, 1024), (64, 1024), (256, 512)],
-    Setup("llama-3.1-8b", "int4"): [(1, 128), (8, 1024)],
+    Setup("llama-3.1-8b", "int4"): [(1, 128), (8, 1024), (64, 1024)],
+    Setup("llama-3.1-8b", "int4", "fp8-weight"): [(1, 128)],
     Setup("llama-3.1-8b", "int4", "int8-weight"): [(1, 128)],
+    Setup("llama-3.1-8b", "fp8-block"): [(1, 128), (64, 1024)],
+    Setup("llama-3.1-8b", "int8"): [(1, 128), (64, 1024)],
+    Setup("llama-3.1-8b", "nvfp4"): [(1, 128), (64, 1024)],
+    Setup("llama-3.1-8b", "mxfp4"): [(1, 128), (64, 1024)],
     Setup("qwen3-8b"): [(1, 128), (32, 1024), (128, 1024)],
     Setup("llama-3.2-1b"): [(1, 128), (32, 1024), (128, 1024)],
 }
@@ -63,21 +68,36 @@ class Measured:
 
 
 def run(*, device: torch.device, quick: bool, only: str | None) -> list[Row]:
-    """Rows of decode and prefill by model; quick: the smallest model, two cases."""
+    """Rows of decode and prefill by model; quick: the smallest model, two cases.
+
+    Raises ResultError after the last setup when one or more failed, with the rows of the others.
+    """
     if device.type != "cuda":
         raise SystemExit("error: 'engine' measures a GPU; 'cpu' measures the engine on the CPU")
     wanted = {Setup("llama-3.2-1b"): [(1, 128), (8, 256)]} if quick else CASES
     rows: list[Row] = []
+    failures: list[str] = []
     for setup, cases in wanted.items():
         cases = [case for case in cases if _selected(only, _decode_subject(setup), _decode_case(*case))]
         prefills = [n for n in PREFILLS if _selected(only, _prefill_subject(setup), _prefill_case(n))]
         if not cases and not prefills:
             continue
-        ours = _measure_ours(setup, cases, prefills, device, quick)
+        ours = None
+        try:
+            ours = _measure_ours(setup, cases, prefills, device, quick)
+        except (RuntimeError, ValueError, MemoryError) as error:  # the others are still worth their time
+            failures.append(f"{setup}: {type(error).__name__}: {error}")
+            _say(f"FAILED: {failures[-1]}")
+        gc.collect()
+        torch.cuda.empty_cache()
+        if ours is None:
+            continue
         peers: dict[str, engine_peers.Times] = {}
         if setup == next(iter(CASES)):
             peers = engine_peers.measure(setup.model, cases, prefills)
         rows += _rows(setup, ours, peers, device)
+    if failures:
+        raise ResultError("; ".join(failures), rows)
     return rows
 
 
@@ -119,8 +139,6 @@ def _measure_ours(
             host_us = (long_host_us - short_host_us) / (many - few)
             measured.decode[batch, context], measured.host[batch, context] = us, host_us
             _say(f"{setup}, decode {batch} x {context}: {us / 1e3:.3f} ms a step, host {host_us:.0f} us")
-    gc.collect()
-    torch.cuda.empty_cache()
     return measured
 
 

@@ -39,6 +39,9 @@ def _cases(device: torch.device, quick: bool, compile_peers: bool) -> Iterator[C
             yield _rms_norm_quant(num_tokens, shapes.hidden_size, shapes.dtype, device, per, add=False)
     for num_tokens in shapes.tokens:
         yield _rms_norm_quant(num_tokens, shapes.hidden_size, shapes.dtype, device, "token", add=True)
+    for add in (False, True):
+        largest = (shapes.tokens[-1], shapes.hidden_size)
+        yield _rms_norm_quant(*largest, shapes.dtype, device, "token", add=add, result=torch.int8)
 
 
 def _make(num_tokens: int, size: int, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -135,30 +138,37 @@ def _layer_norm(
 
 
 def _rms_norm_quant(
-    num_tokens: int, size: int, dtype: torch.dtype, device: torch.device, per: str, *, add: bool
+    num_tokens: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    per: str,
+    *,
+    add: bool,
+    result: torch.dtype = torch.float8_e4m3fn,
 ) -> Case:
-    """Fp8; the peer is torch's norm and our quantize."""
+    """The peer is torch's norm and our quantize."""
 
     def make() -> tuple[Inputs, torch.Tensor, torch.Tensor]:
         i = _make(num_tokens, size, dtype, device)
-        out = torch.empty(num_tokens, size, dtype=torch.float8_e4m3fn, device=device)
+        out = torch.empty(num_tokens, size, dtype=result, device=device)
         shape = {"tensor": (1,), "token": (num_tokens,), "block": (num_tokens, size // 128)}[per]
         return i, out, torch.full(shape, 0.02, device=device)
 
     def ours(given: tuple[Inputs, torch.Tensor, torch.Tensor]):
         i, out, scales = given
+        how = {"per": per, "scales": scales, "dtype": result, "out": out}
         if add:
-            return lambda: ops.add_rms_norm_quant(
-                i.x, i.residual, i.weight, EPS, per=per, scales=scales, out=out
-            )
-        return lambda: ops.rms_norm_quant(i.x, i.weight, EPS, per=per, scales=scales, out=out)
+            return lambda: ops.add_rms_norm_quant(i.x, i.residual, i.weight, EPS, **how)
+        return lambda: ops.rms_norm_quant(i.x, i.weight, EPS, **how)
 
     def by_torch(given: tuple[Inputs, torch.Tensor, torch.Tensor]):
         i, out, scales = given
 
         def call() -> tuple[torch.Tensor, torch.Tensor]:
             x = i.residual.add_(i.x) if add else i.x
-            return ops.quantize(F.rms_norm(x, (size,), i.weight, EPS), per=per, scales=scales, out=out)
+            y = F.rms_norm(x, (size,), i.weight, EPS)
+            return ops.quantize(y, per=per, scales=scales, dtype=result, out=out)
 
         return call
 
@@ -166,12 +176,12 @@ def _rms_norm_quant(
         i, _, scales = given
         x = i.residual.float() + i.x.float() if add else i.x.float()
         y = reference.rms_norm(x, i.weight.float(), EPS)
-        return reference.quantize(y, per, scales if per == "tensor" else None)
+        return reference.quantize(y, per, scales if per == "tensor" else None, result)
 
     elements = num_tokens * size
     return Case(
         "add_rms_norm_quant" if add else "rms_norm_quant",
-        f"per {per}, {tokens_label(num_tokens)}",
+        f"{'int8, ' if result == torch.int8 else ''}per {per}, {tokens_label(num_tokens)}",
         dtype,
         make=make,
         ours=ours,

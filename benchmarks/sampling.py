@@ -37,13 +37,16 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
         (f"top-k {TOP_K}, top-p {TOP_P}", 1.0, TOP_K, TOP_P, "torch topk, softmax, draw", _top_k_top_p),
         (f"top-p {TOP_P}", 1.0, 0, TOP_P, "torch sort, softmax, draw", _top_p),
     )
+    sizes = [(num_seqs, shapes.vocab_size, "") for num_seqs in shapes.seqs]
+    if not quick:
+        sizes.append((64, 262_144, " of 256k"))
     for way, temperature, top_k, top_p, peer, by_torch in ways:
-        for num_seqs in shapes.seqs:
+        for num_seqs, vocab_size, of in sizes:
             rows = "1 row" if num_seqs == 1 else f"{num_seqs} rows"
             yield _case(
-                f"{way}, {rows}",
+                f"{way}, {rows}{of}",
                 num_seqs,
-                shapes.vocab_size,
+                vocab_size,
                 shapes.dtype,
                 device,
                 (temperature, top_k, top_p),

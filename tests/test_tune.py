@@ -35,8 +35,8 @@ def test_what_it_prints(made_up_gpu, tmp_path):
     lines = _tune(*options).splitlines()
     rows = [line.split()[3:] for line in lines if line.startswith("linear bf16 6144x4096")]
     assert rows == [
-        *([tokens, "torch", "5.2", "linear", "6.2"] for tokens in ("1", "2", "4", "8", "16")),
-        ["24", "torch", "5.2"],
+        *([tokens, "torch", "5.2", "linear", "6.2"] for tokens in ("1", "2", "4", "8")),
+        *([tokens, "torch", "5.2"] for tokens in ("16", "24")),
     ]
     assert lines[-1].startswith("26 choices, ") and lines[-1].endswith(
         str(tmp_path / "fastkernels/tactics.json")
@@ -44,6 +44,15 @@ def test_what_it_prints(made_up_gpu, tmp_path):
     assert "26 choices, 0 times taken" in _tune(*options)
     assert "26 choices, 0 times taken" not in _tune(*options, "--again")
     assert "matmul e4m3-block bf16 6144x4096" in _tune(*options, "--quantization", "fp8-block")
+
+
+def test_a_bar_on_a_terminal_shows_how_far_it_is(made_up_gpu):
+    arguments = ["tune", "llama-3.1-8b", "--max-num-tokens", "2", "--max-num-seqs", "2"]
+    for terminal in (True, False):
+        env = {"COLUMNS": "160", "FORCE_COLOR": "1" if terminal else None}
+        result = CliRunner().invoke(app, [*arguments, "--again"], env=env)
+        assert result.exit_code == 0, result.output
+        assert ("timing matrix products" in result.stderr and "100%" in result.stderr) == terminal
 
 
 def test_a_quantised_checkpoint(made_up_gpu, tmp_path):

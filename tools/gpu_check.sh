@@ -50,7 +50,7 @@ run_tests() {
 }
 
 # racecheck takes seconds for a test that launches large grids, so of these files it sees every sixth test.
-slow='attention|paged|sampling|matmul|weight_only'
+slow='attention|paged|sampling|matmul|weight_only|product_sizes'
 
 sanitize() {
   # racecheck breaks the kernels of cuBLAS that the references call ("failed to handle a hardware exception").

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "bindings/tensor.h"
+#include "fastkernels/token_linear.h"
 
 namespace fastkernels {
 namespace {
@@ -221,6 +222,56 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
     fail("matmul: there is no kernel for the CPU; linear and quantized_linear have one");
 }
 
+// x: bytes, with x_scales, or with norm_weight a row of the dtype of out
+void token_linear(Tensor x, std::optional<Tensor> x_scales, std::optional<Tensor> norm_weight, double eps,
+                  Tensor weight, Tensor weight_scales, std::optional<Tensor> bias, bool constant_weight, bool adds,
+                  Tensor y) {
+    check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(0) == 1 && y.size(0) == 1 &&
+              x.size(1) == weight.size(1) && weight.size(0) == y.size(1),
+          "token_linear: x must be [1, in_size], weight [out_size, in_size] and out [1, out_size]");
+    check(x.stride(1) == 1 && weight.stride(1) == 1 && y.stride(1) == 1,
+          "token_linear: the last dimension of x, weight and out must be contiguous");
+    check(x_scales.has_value() != norm_weight.has_value(),
+          "token_linear: x is bytes with x_scales, or has a norm_weight");
+    MatmulParams p{};
+    p.dtype = dtype_of(weight, "weight");
+    p.out_dtype = dtype_of(y, "out");
+    check(p.out_dtype == DType::bf16 || p.out_dtype == DType::f16, "token_linear: out must be bf16 or fp16");
+    check(dtype_of(x, "x") == (norm_weight ? p.out_dtype : p.dtype) &&
+              (!norm_weight || (dtype_of(*norm_weight, "norm_weight") == p.out_dtype &&
+                                norm_weight->numel() == x.size(1) && norm_weight->is_contiguous())) &&
+              (!bias || (dtype_of(*bias, "bias") == p.out_dtype && bias->numel() == y.size(1))),
+          "token_linear: x must have the dtype of weight, or with a norm_weight [in_size] that of out, which bias "
+          "[out_size] and norm_weight have too");
+    check(dtype_of(weight_scales, "weight_scales") == DType::f32 && weight_scales.is_contiguous() &&
+              (weight_scales.numel() == y.size(1) || weight_scales.numel() == 1) &&
+              (!x_scales || (dtype_of(*x_scales, "x_scales") == DType::f32 && x_scales->numel() == 1)),
+          "token_linear: scales must be contiguous fp32, x_scales [1] and weight_scales [out_size] or [1]");
+    p.scales = MatmulScales::channel;
+    p.x = in(x);
+    p.x_scales = x_scales ? static_cast<const float*>(in(*x_scales)) : nullptr;
+    p.weight = in(weight);
+    p.weight_scales = static_cast<const float*>(in(weight_scales));
+    p.num_weight_scales = weight_scales.numel();
+    p.bias = bias ? in(*bias) : nullptr;
+    p.out = out(y);
+    p.num_tokens = 1;
+    p.in_size = x.size(1);
+    p.out_size = y.size(1);
+    p.x_token_stride = x.stride(0);
+    p.weight_row_stride = weight.stride(0);
+    p.out_token_stride = y.stride(0);
+    p.constant_weight = constant_weight;
+#if FASTKERNELS_WITH_CUDA
+    if (x.is_cuda()) {
+        torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+        const TokenNorm norm{.weight = norm_weight ? in(*norm_weight) : nullptr, .eps = static_cast<float>(eps)};
+        return token_linear_cuda(p, norm, adds, stream_of(x));
+    }
+#endif
+    fail("token_linear: the op runs on CUDA only; rms_norm_quant and quantized_linear on the CPU too");
+}
+
 void interleave_rows(Tensor rows, Tensor y) {
     check(rows.dim() == 2 && y.dim() == 2 && rows.size(0) == y.size(0) && rows.size(1) == y.size(1) &&
               rows.is_contiguous() && y.is_contiguous() && rows.scalar_type() == y.scalar_type() &&
@@ -285,6 +336,7 @@ void register_gemm(torch::stable::detail::StableLibrary& m) {
     m.impl("linear", TORCH_BOX(&linear));
     m.impl("linear_silu_mul", TORCH_BOX(&linear_silu_mul));
     m.impl("matmul", TORCH_BOX(&matmul));
+    m.impl("token_linear", TORCH_BOX(&token_linear));
     m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     m.impl("interleave_rows", TORCH_BOX(&interleave_rows));
     m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
@@ -300,6 +352,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
         "matmul(Tensor x, Tensor weight, Tensor? x_scales, Tensor? weight_scales, Tensor? x_zeros, "
         "Tensor? weight_sums, Tensor? bias, bool constant_weight, int tactic, Tensor(a!) workspace, Tensor(b!) out) -> "
         "()");
+    m.def(
+        "token_linear(Tensor x, Tensor? x_scales, Tensor? norm_weight, float eps, Tensor weight, Tensor weight_scales, "
+        "Tensor? bias, bool constant_weight, bool adds, Tensor(a!) out) -> ()");
     m.def(
         "quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? global_scale, "
         "Tensor? weight_sums, Tensor? bias, int weight_type, int block_rows, int block_size, int activation, bool "

@@ -5,7 +5,8 @@
 // A Source makes the floats: source.read(token, at) loads the Raw of kVecElements<T> of them from column `at` on,
 // source.compute(raw, x) makes them. One scale for all, or one for each kScaleBlock: a thread owns kPieces pieces of a
 // row, and the lanes of a block of it share their maximum. A scale a token: a block of threads owns a row and keeps
-// kPieces pieces a thread, as floats where they cost more than a conversion; those beyond are made twice.
+// kPieces pieces a thread, as floats where they cost more than a conversion; those beyond are made twice. Few long rows
+// go to clusters (quantize_row_cluster.cuh).
 // Pieces past the end are zeros, so that all but loads and stores is one run of instructions.
 #pragma once
 
@@ -16,6 +17,7 @@
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/rcp.cuh"
+#include "common/quantize_row_cluster.cuh"
 #include "common/reduce.cuh"
 
 namespace fastkernels {
@@ -134,6 +136,10 @@ void launch_quantize_to(const char* op, const Source& source, uintptr_t addresse
     check(rows.bytes.kind != ScaleKind::block || rows.size % kScaleBlock == 0, op, ": a row has ", rows.size,
           " elements, but blocks take a multiple of ", kScaleBlock);
     const int64_t pieces = rows.size / kVec;
+    if (rows.bytes.kind == ScaleKind::token && suits_row_cluster(rows.num_tokens, pieces)) {
+        return launch_quantize_row_cluster<Byte, T>(source, static_cast<Byte*>(rows.out), rows.token_stride,
+                                                    rows.bytes.scales, rows.num_tokens, rows.size, stream);
+    }
     if (rows.bytes.kind == ScaleKind::token) {
         const auto launch_rows = [&]<int kThreads, int kPieces, int kMinBlocks>() {
             const int64_t wanted = (pieces + 32 * kPieces - 1) / (32 * kPieces) * 32;

@@ -4,8 +4,8 @@
 namespace fastkernels {
 
 void linear_bytes(const MatmulParams& p, void* stream) {
-    check(fits_linear_bytes(p), "matmul: the tactic of few tokens takes fp8 and int8, up to ", kLinearMaxTokens,
-          " tokens, 8 of e5m2 and with scales of blocks, and an in_size that is a multiple of 16");
+    check(fits_linear_bytes(p), "matmul: the tactic of few tokens takes fp8 and int8, up to ", kLinearBytesMaxTokens,
+          " tokens, and an in_size that is a multiple of 16");
     if (p.scales == MatmulScales::block) {
         run_linear<__nv_fp8_e4m3, MatmulScales::block>(p, stream);
     } else if (p.dtype == DType::e5m2) {

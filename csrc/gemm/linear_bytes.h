@@ -5,10 +5,10 @@
 
 namespace fastkernels {
 
-// With scales of blocks there are registers for 8 tokens; e5m2 has one instance.
+inline constexpr int64_t kLinearBytesMaxTokens = 8;
+
 constexpr bool fits_linear_bytes(const MatmulParams& p) {
-    const bool only_8 = p.scales == MatmulScales::block || p.dtype == DType::e5m2;
-    return p.num_tokens <= (only_8 ? 8 : kLinearMaxTokens) && p.in_size % 16 == 0 && p.scales != MatmulScales::none;
+    return p.num_tokens <= kLinearBytesMaxTokens && p.in_size % 16 == 0 && p.scales != MatmulScales::none;
 }
 
 void linear_bytes(const MatmulParams& p, void* stream);

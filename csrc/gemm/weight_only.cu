@@ -44,6 +44,8 @@ void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
         case PackedFormat::int8:
         case PackedFormat::e4m3:
         case PackedFormat::e4m3_block: return weight_only_byte(p, stream);
+        // Blackwell's tensor cores multiply these two as they are, scales included (tcgen05.mma, block_scale): its
+        // kernel, with x rounded to the same format, would be asked for here.
         case PackedFormat::nvfp4:
         case PackedFormat::mxfp4: return weight_only_fp4(p, stream);
         default:

@@ -30,6 +30,8 @@
 #include "common/ptx/pdl.cuh"
 #include "gemm/weight_only.h"
 #include "gemm/weight_only_formats.cuh"
+#include "gemm/weight_only_pairs.cuh"
+#include "gemm/weight_only_room.h"
 
 namespace fastkernels {
 namespace {
@@ -61,11 +63,6 @@ struct WeightOnlyArgs {
     WeightOnlyParams p;
     int num_stages, num_clusters;
 };
-
-// The words of a piece, by an index that is known when it is compiled.
-__device__ __forceinline__ uint32_t word_of(const uint4& piece, int index) {
-    return index == 0 ? piece.x : index == 1 ? piece.y : index == 2 ? piece.z : piece.w;
-}
 
 template <typename T, typename F>
 __device__ __forceinline__ void store_sum(const WeightOnlyParams& p, float sum, int64_t token, bool valid, int64_t tile,
@@ -368,16 +365,6 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
-// What the GPU holds: of the current device.
-struct Room {
-    int num_sms, capability, block_bytes, sm_bytes;
-};
-
-inline Room room_of_device() {
-    return {num_sms(), compute_capability(), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-}
-
 // Blocks that share K: 2 where that makes a warp's work at least a tenth less, counted in units and, for each group it
 // begins, one more. Clusters of 4 were slower everywhere on an H200, and so were groups of twice the rows with one
 // block an SM. rows: tiles of 16 of a group.
@@ -422,27 +409,15 @@ void launch_weight_only(const WeightOnlyParams& p, int splits, const Room& room,
 }
 
 template <typename T, typename F>
-void run_weight_only(const WeightOnlyParams& p, void* stream) {
+void run_weight_only_more(const WeightOnlyParams& p, const Room& room, void* stream) {
     constexpr int kRows = F::kPieces == 2 ? 4 : 2;  // tiles of rows of a group: about 4 KB of a warp's ring
-    const Room room = room_of_device();
-    const int splits = choose_splits(p, room, kRows, p.num_tokens <= 8 ? 2 : 1);
-    if (p.num_tokens <= 8) {
-        launch_weight_only<T, F, 1, kRows, 2>(p, splits, room, stream);
-    } else if (p.num_tokens <= 16) {
+    const int splits = choose_splits(p, room, kRows, 1);
+    if (p.num_tokens <= 16) {
         launch_weight_only<T, F, 2, kRows, 1>(p, splits, room, stream);
     } else if (p.num_tokens <= 32) {
         launch_weight_only<T, F, 4, 4, 1>(p, splits, room, stream);
     } else {
         launch_weight_only<T, F, 8, 2, 1>(p, splits, room, stream);
-    }
-}
-
-template <typename F>
-void run_weight_only(const WeightOnlyParams& p, void* stream) {
-    switch (p.dtype) {
-        case DType::bf16: return run_weight_only<bf16, F>(p, stream);
-        case DType::f16: return run_weight_only<fp16, F>(p, stream);
-        default: fail("weight_only_linear: dtype ", name(p.dtype), " is not supported: bf16 and fp16 are");
     }
 }
 

@@ -1,5 +1,5 @@
-// weight_only.cuh of e2m1: NVFP4 and MXFP4.
-#include "gemm/weight_only.cuh"
+// weight_only_run.cuh of e2m1: NVFP4 and MXFP4.
+#include "gemm/weight_only_run.cuh"
 
 namespace fastkernels {
 

@@ -437,9 +437,9 @@ class EngineConfig:
     random_weights:    seeded random weights at the model's shapes, for benchmarks
     quantization:      scheme that the weights of all linears but the head are rounded to as they are loaded:
                        "fp8", "fp8-block", "int8", "int8-weight", "int4", "nvfp4", "mxfp4"; more in
-                       ``fastkernels.quantize``. On CUDA the first three are for compute capability 9.0.
-                       None for a checkpoint that is quantised already, which is loaded as it is
-    head_quantization: the head's; None keeps it as it is
+                       ``fastkernels.quantize``. None for a checkpoint that is quantised already, which is
+                       loaded as it is
+    head_quantization: the head's, "fp8-weight" say; None keeps it as it is
     Raises ConfigError for a value outside its range.
     """
 

@@ -93,12 +93,12 @@ def generate(
     quantization: Annotated[
         str | None,
         typer.Option(
-            help="Round the weights as they are loaded: fp8, fp8-block, int8, int8-weight, int4, nvfp4, "
-            "mxfp4. On CUDA the first three need compute capability 9.0."
+            help="Round weights as they are loaded: fp8, fp8-block, int8, int8-weight, int4, nvfp4, mxfp4."
         ),
     ] = None,
     head_quantization: Annotated[
-        str | None, typer.Option(help="The same for the head, which is kept as it is by default.")
+        str | None,
+        typer.Option(help="The same for the head, fp8-weight say, which is kept as it is by default."),
     ] = None,
     kv_cache_dtype: Annotated[
         KVCacheDType,

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import norm, render
+from benchmarks import activation, engine, gemm, norm, render, sampling
 from benchmarks.__main__ import main
-from benchmarks.harness import Case, ResultError, ceilings, close, floor, run_cases
+from benchmarks.harness import Case, Ceilings, ResultError, ceilings, close, floor, run_cases
 from benchmarks.report import Report, Row
 from fastkernels import ops
 
@@ -84,7 +85,7 @@ def test_a_peer_that_fails_is_left_out_and_the_fastest_of_the_others_named(capsy
 
 def test_command(app, tmp_path) -> None:
     path = tmp_path / "report.json"
-    arguments = ["ops", "--device", "cpu", "--quick", "--only", "gelu_mul", "--json", str(path)]
+    arguments = ["ops", "--device", "cpu", "--quick", "--only", "gelu_mul 1", "--json", str(path)]
     result = CliRunner().invoke(app, [*arguments, "--commit", "abc"])
     assert result.exit_code == 0, result.output
     report = Report.read(path)
@@ -93,6 +94,45 @@ def test_command(app, tmp_path) -> None:
     assert "gelu_mul" in result.stdout and "x floor" in result.stdout
     assert CliRunner().invoke(app, ["ops", "--device", "cpu", "--only", "no such row"]).exit_code == 2
     assert CliRunner().invoke(app, ["ops", "--device", "tpu"]).exit_code == 2
+
+
+def test_cases_of_a_gpu_have_names_of_their_own(monkeypatch) -> None:
+    """On a Hopper GPU that is made up; nothing is computed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(multi_processor_count=132)
+    )
+    monkeypatch.setattr(gemm, "matmul_workspace", lambda device: None)
+    gpu = torch.device("cuda")
+    cases = [*gemm._cases(gpu, False), *sampling._cases(gpu, False)]
+    for module in (norm, activation):
+        cases += module._cases(gpu, False, False)
+    names = [(case.subject, case.name) for case in cases]
+    assert len(set(names)) == len(names) > 200
+    assert all(case.num_bytes > 0 for case in cases)
+
+
+def test_engines_are_those_the_schemes_make() -> None:
+    """Fewer bits, fewer bytes to read in a step."""
+    sizes = {str(setup): engine._weight_bytes(setup) for setup in engine.CASES}
+    assert len(sizes) == len(engine.CASES)
+    of = {name.partition(", ")[2]: size for name, size in sizes.items() if name.startswith("llama-3.1-8b")}
+    assert of["int4, head fp8-weight"] < of["int4"] < of["nvfp4"] < of["fp8"] < of[""]
+
+
+def test_an_engine_that_fails_keeps_the_rows_of_the_others(monkeypatch) -> None:
+    def measure(setup, cases, prefills, device, quick) -> engine.Measured:
+        if setup.quantization == "nvfp4":
+            raise torch.OutOfMemoryError("no memory")
+        return engine.Measured(dict.fromkeys(cases, 1000.0), dict.fromkeys(cases, 10.0))
+
+    monkeypatch.setattr(engine, "_measure_ours", measure)
+    monkeypatch.setattr(engine, "ceilings", lambda device: Ceilings(4.0, 700.0, 1.0))
+    monkeypatch.setattr(engine.engine_peers, "measure", lambda *arguments: {})
+    with pytest.raises(ResultError, match="nvfp4: OutOfMemoryError: no memory") as caught:
+        engine.run(device=torch.device("cuda"), quick=False, only="llama-3.1-8b")
+    wanted = [name for name in engine.CASES if name.model == "llama-3.1-8b" and name.quantization != "nvfp4"]
+    assert {row.subject for row in caught.value.rows} == {f"decode step, {setup}" for setup in wanted}
 
 
 MADE_UP = Report(

@@ -26,8 +26,9 @@ def test_every_name_is_a_buffer(name):
 
 def test_a_step_begins_with_token_ids_and_the_work_map():
     steps = compile_model(CONFIGS["llama"]).steps
-    assert [step.op for step in steps[:3]] == ["resolve_token_ids", "attention_plan", "embedding"]
-    assert steps[1].attributes == {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 80, "window": 0}
+    begin = ["resolve_token_ids", "embedding", "rms_norm", "attention_plan", "linear"]
+    assert [step.op for step in steps[:5]] == begin
+    assert steps[3].attributes == {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 80, "window": 0}
 
 
 def test_a_buffer_is_written_before_it_is_read():

@@ -115,14 +115,14 @@ def test_buckets():
 def test_tactics_of_16_bit_weights(num_tokens):
     tactics = tactics_of(QKV, num_tokens, HOPPER)
     numbers = [tactic.number for tactic in tactics if tactic.kernel == "matmul"]
-    assert tactics[0] == TORCH and (STREAM in tactics) == (num_tokens <= 16)
+    assert tactics[0] == TORCH and (STREAM in tactics) == (num_tokens <= 8)
     assert numbers and not {4, 5} & set(numbers)
     tiles = [MATMUL_TILES[number // 2] for number in numbers]
     if num_tokens <= 64:
         assert not any(tile.tokens_are_a for tile in tiles)
     if num_tokens > 256:
         assert all(tile.tokens_are_a for tile in tiles)
-    plain = [TORCH, STREAM] if num_tokens <= 16 else [TORCH]
+    plain = [TORCH, STREAM] if num_tokens <= 8 else [TORCH]
     assert tactics_of(QKV, num_tokens, AMPERE) == plain
     assert rule(QKV, num_tokens) == plain[-1]
 
@@ -140,20 +140,21 @@ def test_what_the_kernels_do_not_take_is_no_tactic():
 def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
     """No tile with sums of 14 bits, and none that the kernel refuses (tests/ops/test_matmul_sm90.py)."""
     product = Product("matmul", weight, BF16, 6144, 4096)
+    plain = rule(product, num_tokens)
+    assert plain == Tactic("matmul", LINEAR_TACTIC if num_tokens <= 8 else -1)
     numbers = {tactic.number for tactic in tactics_of(product, num_tokens, HOPPER)}
+    assert plain.number in numbers
     refused = {
         "e4m3": {0, 1, 2, 3},
         "e4m3-block": {0, 1, 2, 3, 14, 15},
         "e5m2": {0, 1, 2, 3, 6, 7, 14, 15},
     }.get(weight, {4, 5})
     assert numbers and not numbers & refused
-    streams = num_tokens <= (8 if weight in ("e4m3-block", "e5m2") else 16)
+    streams = num_tokens <= 8
     for_any = {LINEAR_TACTIC + 1, LINEAR_TACTIC + 2}
     assert not numbers & for_any and (LINEAR_TACTIC in numbers) == streams
-    assert {tactic.number for tactic in tactics_of(product, num_tokens, AMPERE)} == (
-        {LINEAR_TACTIC, *for_any} if streams else for_any
-    )
-    assert rule(product, num_tokens) == Tactic("matmul", LINEAR_TACTIC if num_tokens <= 8 else -1)
+    on_ampere = {LINEAR_TACTIC, *for_any} if streams else for_any
+    assert {tactic.number for tactic in tactics_of(product, num_tokens, AMPERE)} == on_ampere | {plain.number}
 
 
 def test_tactics_by_name():
@@ -166,17 +167,17 @@ def test_tactics_of_repacked_weights():
         product = replace(INT4, weight=weight)
         return [tactic.number for tactic in tactics_of(product, num_tokens, capability)]
 
-    few, tiles = [1, 2], list(range(3, ops.WEIGHT_ONLY_TACTICS + 1))
+    few, tiles = [0, 1, 2], list(range(3, ops.WEIGHT_ONLY_TACTICS + 1))  # 0: the rule's
     assert [tokens for tokens, _ in ops.WEIGHT_ONLY_TILES[::3]] == [16, 32, 64, 128, 256]
-    assert numbers(8, AMPERE) == numbers(8192, AMPERE) == few[:1]
+    assert numbers(8, AMPERE) == numbers(8192, AMPERE) == few[1:2]
     assert numbers(8, (10, 0)) == few, "tiles are for Hopper"
     assert numbers(16, HOPPER) == few + tiles[:3]
     assert numbers(24, HOPPER) == few + tiles[3:6]
-    assert numbers(48, HOPPER) == tiles[6:9]
-    assert numbers(128, HOPPER) == tiles[9:12]
-    assert numbers(129, HOPPER) == numbers(8192, HOPPER) == tiles[9:]
-    assert numbers(8192, HOPPER, "int8") == numbers(8192, HOPPER, "int4-e4m3-g64") == tiles[9:12]
-    assert numbers(1, HOPPER, "int4-e4m3-g128") == tiles[:3]
+    assert numbers(48, HOPPER) == [0, *tiles[6:9]]
+    assert numbers(128, HOPPER) == [0, *tiles[9:12]]
+    assert numbers(129, HOPPER) == numbers(8192, HOPPER) == [0, *tiles[9:]]
+    assert numbers(8192, HOPPER, "int8") == numbers(8192, HOPPER, "int4-e4m3-g64") == [0, *tiles[9:12]]
+    assert numbers(1, HOPPER, "int4-e4m3-g128") == [0, *tiles[:3]]
 
 
 def test_products_of_a_plan():
@@ -203,7 +204,7 @@ def test_products_of_a_plan():
 # --- modes ------------------------------------------------------------------------------------------------
 
 
-def test_full_times_every_tactic_once_and_takes_the_fastest(tmp_path):
+def test_full_times_every_tactic_once_and_takes_what_is_clearly_faster_than_the_rules(tmp_path):
     timer, reported = MadeUpTimer(), []
     choices = run(tmp_path, timer, progress=lambda done, total: reported.append((done, total)))
     assert len(timer.calls) == len(set(timer.calls)) == choices.num_timed
@@ -212,10 +213,26 @@ def test_full_times_every_tactic_once_and_takes_the_fastest(tmp_path):
         for bucket in (b for b in BUCKETS if b <= rows):
             tactics = tactics_of(product, bucket, HOPPER)
             assert [t for p, b, t in timer.calls if (p, b) == (product, bucket)] == tactics
-            fastest = min(tactics, key=lambda tactic: MadeUpTimer()(product, bucket, tactic))
-            assert choices.tactic(product, bucket) == fastest
+            times = {tactic: MadeUpTimer()(product, bucket, tactic) for tactic in tactics}
+            fastest, plain = min(times, key=times.__getitem__), rule(product, bucket)
+            expected = fastest if times[fastest] <= 0.9 * times[plain] else plain
+            assert choices.tactic(product, bucket) == expected
     assert choices.tactic(QKV, 500) == choices.tactic(QKV, 512)
     assert choices.tactic(QKV, 2000) == rule(QKV, 2000), "no bucket that large was asked for"
+
+
+@pytest.mark.parametrize("product", [QKV, FP8, INT4], ids=str)
+@pytest.mark.parametrize("us, replaces", [(90.0, True), (91.0, False), (100.0, False)])
+def test_the_rules_tactic_stays_unless_another_is_a_tenth_faster(product, us, replaces, tmp_path):
+    """Also where the rule leaves the tile to the kernel (-1, 0)."""
+    plain, other = rule(product, 32), tactics_of(product, 32, HOPPER)[-1]
+
+    def timer(_: Product, num_tokens: int, tactic: Tactic) -> float:
+        return {plain: 100.0, other: us}.get(tactic, 110.0)
+
+    choices = run(tmp_path, timer, products={product: 32})
+    assert plain != other
+    assert choices.tactic(product, 32) == (other if replaces else plain)
 
 
 @pytest.mark.parametrize("mode", ["full", "cached"])

@@ -2,7 +2,9 @@
 
 import torch
 
+from fastkernels import ops
 from fastkernels.ops import reference
+from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 
 # scheme -> weight_type, rows of a block (0: all), its size (0: all), activation
 SCHEMES = {
@@ -47,3 +49,23 @@ def exact_quantized(given, dtype=torch.float64):
     """In float64 (or dtype) from the bytes that the product is of, which are those of the CPU."""
     on_cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     return reference.quantized_linear(**on_cpu, dtype=dtype).cuda()
+
+
+def check_quantized(scheme, num_tokens, out_size, in_size, dtype, *, tactic, workspace, is_exact=True):
+    """quantized_linear by a tactic, with and without bias by the number of tokens; blocks want whole ones.
+
+    is_exact: sums are of fp32; without, of about 14 bits
+    """
+    in_size = -(-in_size // 128) * 128 if scheme == "fp8-block" else in_size
+    given = quantized_operands(scheme, num_tokens, out_size, in_size, dtype)
+    if num_tokens % 4 > 1:
+        given["bias"] = None
+    out = poisoned(num_tokens, out_size, dtype=dtype, device="cuda")
+    assert ops.quantized_linear(**given, tactic=tactic, workspace=workspace, out=out) is out
+    exact = exact_quantized(given)
+    if is_exact:
+        assert_as_good_as_torch(out, exact_quantized(given, dtype), exact)
+    assert torch.isfinite(out).all()
+    assert_similar(out, exact, 1e-5 if is_exact else 1e-3)
+    again = ops.quantized_linear(**given, constant_weight=True, tactic=tactic, workspace=workspace)
+    assert torch.equal(out, again), "two runs differ"

@@ -13,8 +13,14 @@ from fastkernels.ops.gemm import (
 )
 from fastkernels.ops.quantized_gemm import round_to
 from tests.conftest import CUDA_REASON
-from tests.ops.matmul_cases import SCHEMES, exact_quantized, operands, quantized_operands
-from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
+from tests.ops.matmul_cases import (
+    SCHEMES,
+    check_quantized,
+    exact_quantized,
+    operands,
+    quantized_operands,
+)
+from tests.tolerances import assert_similar, poisoned
 
 pytestmark = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 
@@ -27,7 +33,7 @@ SIZES = [
     (136, 1040),
     (1000, 528),
 ]  # out_size, in_size; tiles are 64 and 128, chunks of K 128
-MOST_STREAMED = {"fp8-block": 8, "fp8-e5m2": 8}
+MOST_STREAMED = 8  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +46,14 @@ def workspace():
 def test_matches_reference(tactic, scheme, workspace):
     for index, (out_size, in_size) in enumerate(SIZES):
         for num_tokens in TOKENS[index % 2 :: 2]:
-            if tactic == LINEAR_TACTIC and num_tokens > MOST_STREAMED.get(scheme, 16):
+            if tactic == LINEAR_TACTIC and num_tokens > MOST_STREAMED:
                 continue
-            dtype = torch.bfloat16 if index < 2 else torch.float16
-            size = -(-in_size // 128) * 128 if scheme == "fp8-block" else in_size
-            given = quantized_operands(scheme, num_tokens, out_size, size, dtype)
-            if num_tokens % 4 > 1:
-                given["bias"] = None
-            out = poisoned(num_tokens, out_size, dtype=dtype, device="cuda")
-            assert ops.quantized_linear(**given, tactic=tactic, workspace=workspace, out=out) is out
-            exact = exact_quantized(given)
-            assert_as_good_as_torch(out, exact_quantized(given, dtype), exact)
-            assert_similar(out, exact, 1e-5)
-            again = ops.quantized_linear(**given, tactic=tactic, workspace=workspace)
-            assert torch.equal(out, again), "two runs differ"
+            check_quantized(
+                *(scheme, num_tokens, out_size, in_size),
+                torch.bfloat16 if index < 2 else torch.float16,
+                tactic=tactic,
+                workspace=workspace,
+            )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -45,13 +45,14 @@ LAYOUTS: Schemes = {
     "fp8-block-128": ("e4m3", 128, 128, torch.float32, False, None),
 }
 DTYPES = [torch.bfloat16, torch.float16]
-TOKENS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 200, 1000]
+TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 200, 1000]
 SIZES = [  # out_size, in_size: tails of 16 rows and of 128 neighbours, fewer chunks than warps
     (1, 128),
     (17, 256),
     (40, 1024),
     (129, 2304),
     (80, 384),
+    (20, 5120),
 ]
 TAILS = [(33, 8), (16, 200), (50, 1160)]  # of schemes with a scale a row
 MANY_ROWS = (9000, 512)  # more tiles than a block takes at once
@@ -284,12 +285,19 @@ def test_whole_rounds_and_what_is_left(tactic):
 def test_a_token_does_not_depend_on_the_others(name):
     given = moved(operands(FORMATS[name], 16, 70, 1024, torch.bfloat16))
     weight = repack(given)
-    tactics = (
-        (2, 4, 14, *((17,) if has_tactic(name, 17) else ()))
-        if torch.cuda.get_device_capability() == (9, 0)
-        else (1,)
-    )
-    for tactic in tactics:
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    ranges = {  # tokens of a product -> parts of them that it multiplies in the same way
+        4: ((0, 1), (1, 4), (2, 4)),
+        8: ((0, 5), (3, 8)),
+        16: ((0, 9), (6, 16)),
+    }
+    for tactic in (1, 2) if hopper else (1,):
+        for count, parts in ranges.items():
+            together = ops.weight_only_linear(given["x"][:count], weight, tactic=tactic)
+            for first, last in parts:
+                some = ops.weight_only_linear(given["x"][first:last], weight, tactic=tactic)
+                assert torch.equal(some, together[first:last])
+    for tactic in (4, 14, *((17,) if has_tactic(name, 17) else ())) if hopper else ():
         together = ops.weight_only_linear(given["x"], weight, tactic=tactic)
         for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
             some = ops.weight_only_linear(given["x"][first:last], weight, tactic=tactic)
@@ -331,6 +339,65 @@ def test_nan_and_strided_operands(name, num_tokens):
     assert spoilt[4].isnan().all()
     rest = [token for token in range(num_tokens) if token != 4]
     assert torch.equal(spoilt[rest], sound[rest])
+
+
+@on_cuda
+@pytest.mark.parametrize("num_tokens", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_x_that_are_hard(name, dtype, num_tokens):
+    """Outliers, zeros, -0, denormals, the largest everywhere: x is exact, or 16 bits of a block's largest."""
+    given = operands(FORMATS[name], num_tokens, 40, 1024, dtype)
+    x, tiny = given["x"], torch.finfo(dtype).smallest_normal
+    x[0, 5], x[0, 128:256] = -1e4, 0.0
+    x[1] = -0.0
+    x[2] = torch.randint(-100, 101, (1024,)).double().mul(tiny / 128).to(dtype)
+    x[3] = torch.where(torch.rand(1024) < 0.5, 3e4, -3e4).to(dtype)
+    full = {key: value for key, value in given.items() if key not in ("x", "bias", "activation")}
+    matrix = reference.dequantize_weight(**full)
+    exact = x.double() @ matrix.t()
+    largest = x.double().abs().unflatten(1, (-1, 128)).amax(2).clamp_min(2.0**-112)  # [token, block]
+    of_digits = largest @ matrix.abs().unflatten(1, (-1, 128)).sum(2).t() / 60000
+    limit = exact.abs() * (torch.finfo(dtype).eps * 1.01) + of_digits + tiny
+    weight = repack(moved(given))
+    for tactic in (1, 2) if torch.cuda.get_device_capability() == (9, 0) else (1,):
+        out = ops.weight_only_linear(x.cuda(), weight, tactic=tactic).cpu()
+        overflow = exact.abs() > torch.finfo(dtype).max * 0.99
+        error = (out.double() - exact).abs()
+        assert ((error <= limit) | overflow).all(), (error / limit)[~overflow].max()
+        assert (out[1] == 0).all()
+
+
+@on_cuda
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_finite_stays_so(name, bad):
+    given = moved(operands(FORMATS[name], 4, 40, 1024, torch.bfloat16))
+    weight = repack(given)
+    for num_tokens in (2, 4):
+        x = given["x"][:num_tokens].clone()
+        sound = ops.weight_only_linear(x, weight)
+        x[1, 700] = bad
+        spoilt = ops.weight_only_linear(x, weight)
+        assert not spoilt[1].isfinite().any()
+        rest = [token for token in range(num_tokens) if token != 1]
+        assert torch.equal(spoilt[rest], sound[rest])
+
+
+@on_cuda
+@pytest.mark.parametrize("name", ["int4-g128", "int8", "nvfp4"])
+def test_more_tiles_than_sums_fit(name):
+    """Rows do not depend on how many others there are; blocks take these in several groups."""
+    given = moved(operands(FORMATS[name], 8, 40000, 4096, torch.bfloat16))
+    whole = repack(given)
+    few = repack({**given, "weight": given["weight"][:80], "scales": given["scales"][:80]})
+    for num_tokens in (1, 4, 8):
+        for tactic in (1, 2) if torch.cuda.get_device_capability() == (9, 0) else (1,):
+            x = given["x"][:num_tokens]
+            out = poisoned(num_tokens, 40000, dtype=torch.bfloat16, device="cuda")
+            ops.weight_only_linear(x, whole, tactic=tactic, out=out)
+            assert out.isfinite().all()
+            assert torch.equal(out[:, :80], ops.weight_only_linear(x, few, tactic=tactic))
 
 
 @on_cuda

@@ -112,8 +112,8 @@ def test_by_rule(with_bias):
         return call(scheme, num_tokens, with_bias=with_bias)[0].func
 
     of_torch = _aten.addmm.out if with_bias else _aten.mm.out
-    assert kernel(None, 16) is _fk.linear.default
-    assert kernel(None, 17) is of_torch
+    assert kernel(None, 8) is _fk.linear.default
+    assert kernel(None, 9) is of_torch
     assert kernel("int4@cuda", 1) is kernel("int4@cuda", 500) is _fk.weight_only_linear.default
     for scheme in ("int8@cuda", "fp8-block@cuda"):
         assert kernel(scheme, 1) is kernel(scheme, 500) is _fk.matmul.default
@@ -174,13 +174,13 @@ def test_a_gated_product():
         )
         return call, x, weight, out, gate_up
 
-    for choices in (BY_RULE, only(product, 16, STREAM)):
-        call, x, weight, out, _ = bound(16, choices)
+    for num_tokens, choices in ((8, BY_RULE), (16, only(product, 16, STREAM))):
+        call, x, weight, out, _ = bound(num_tokens, choices)
         assert call.func is _fk.linear_silu_mul.default
         assert call.args == (x, weight, True, out)
     by_matmul = only(product, 48, Tactic("matmul", 11))
     for arguments, func in (
-        ((17,), _aten.mm.out),
+        ((9,), _aten.mm.out),
         ((16, only(product, 16, TORCH)), _aten.mm.out),
         ((40, by_matmul), _fk.matmul.default),
         ((3, BY_RULE, True), _aten.mm.out),

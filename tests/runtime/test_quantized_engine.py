@@ -81,7 +81,8 @@ def greedy(model: nn.Module, token_ids: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "head"), [*((name, None) for name in NAMES), ("int4", "int8-weight"), ("int8", "fp8")]
+    ("name", "head"),
+    [*((name, None) for name in NAMES), ("int4", "int8-weight"), ("int4", "fp8-weight"), ("int8", "fp8")],
 )
 def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
     model = definition_of(demo, find_scheme(name), find_scheme(head) if head else None)
@@ -122,6 +123,22 @@ def test_half_precision(demo, name, dtype, device):
 
     limit = 2 * error(plain_exact) if scheme.activation is None else 0.03
     assert error(exact, quantization=name) <= limit
+
+
+@pytest.mark.parametrize("head", ["fp8-weight", "int8-weight"])
+def test_int4_with_a_head_of_bytes(demo, head, device):
+    """As far from the dequantised model as int4 alone is from its own, on either device."""
+    ids = list(range(40, 100))
+
+    def error(head: str | None) -> float:
+        model = definition_of(demo, find_scheme("int4"), find_scheme(head) if head else None)
+        with torch.inference_mode():
+            exact = model(torch.tensor(ids), torch.arange(len(ids)))
+        options = {"quantization": "int4", "head_quantization": head, "max_num_seqs": 1}
+        with LLM("demo", device=str(device), dtype="bf16", **options) as llm:
+            return ((llm.logits(ids).cpu() - exact).norm() / exact.norm()).item()
+
+    assert error(head) <= 1.5 * error(None)
 
 
 @pytest.mark.parametrize("name", NAMES)

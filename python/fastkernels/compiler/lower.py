@@ -104,6 +104,7 @@ OPS: dict[str, _Op] = {
 torch."""
 
 VIEWS = ("view", "slice")
+_PRODUCTS = ("linear", "linear_silu_mul", "quantized_linear", "matmul")
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ class Lowered:
 
 
 def lower(graph: Graph) -> Lowered:
-    """The steps of ``graph``, after the two every step of the runtime begins with: resolve_token_ids, which
-    puts ids sampled on the device in their places, and attention_plan, which makes the work map all layers
-    share.
+    """The steps of ``graph`` and two more: resolve_token_ids, the first, which puts ids sampled on the device
+    in their places, and attention_plan, which makes the work map all layers share. It comes before the first
+    product, whose weights are on their way while it runs.
 
     Raises CompileError for a node whose op is none of OPS, and for an add_rms_norm whose residual is read
     later.
@@ -128,7 +129,7 @@ def lower(graph: Graph) -> Lowered:
 
 
 def count_kernels(graph: Graph) -> int:
-    """Kernels of a step of this graph: its nodes that are no views, and the two that come first."""
+    """Kernels of a step of this graph: its nodes that are no views, and the two that ``lower`` adds."""
     return sum(node.op not in VIEWS for node in graph.nodes) + 2
 
 
@@ -143,10 +144,7 @@ class _Lowering:
         self._given_buffers()
         self._add_buffer(Buffer(TOKEN_IDS.name, "arena", (), "int32", "tokens"))
         self.place[TOKEN_IDS] = TOKEN_IDS.name
-        self.steps += [
-            Step("resolve_token_ids", ("token_ids", "sampled"), (TOKEN_IDS.name,), {}),
-            Step("attention_plan", ("seq_lens", "cu_seqlens_q"), ("attention_map",), self._attention_shape()),
-        ]
+        self.steps.append(Step("resolve_token_ids", ("token_ids", "sampled"), (TOKEN_IDS.name,), {}))
         users = self.graph.users()
         self.spans = _Spans(self.graph, users)
         head_start = None
@@ -159,6 +157,14 @@ class _Lowering:
             self._step(index, node)
         if head_start is None:
             raise CompileError("the graph has no gather_rows, with which the head of a plan begins")
+        first_product = next(
+            index for index, step in enumerate(self.steps) if step.op in _PRODUCTS or index == head_start
+        )
+        self.steps.insert(
+            first_product,
+            Step("attention_plan", ("seq_lens", "cu_seqlens_q"), ("attention_map",), self._attention_shape()),
+        )
+        head_start += 1
         return Lowered(tuple(self.steps), head_start, self.place[self.graph.output], self.buffers)
 
     def _given_buffers(self) -> None:

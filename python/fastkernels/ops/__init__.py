@@ -12,6 +12,7 @@ from fastkernels.ops.quant import quantize, quantize_zeros
 from fastkernels.ops.quantized_gemm import interleave_rows, interleaves, quantized_linear, row_sums
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
+from fastkernels.ops.token_linear import token_linear
 from fastkernels.ops.weight_only import (
     PACKED_FORMATS,
     WEIGHT_ONLY_FEW_TACTICS,
@@ -63,6 +64,7 @@ __all__ = [
     "sample",
     "silu_mul",
     "silu_mul_quant",
+    "token_linear",
     "top_logprobs",
     "weight_only_linear",
 ]

@@ -28,6 +28,7 @@ from fastkernels.compiler.tune import (
     call_of,
     product_of,
 )
+from fastkernels.ops.gemm import LINEAR_TACTIC
 from fastkernels.ops.quant import KINDS
 from fastkernels.ops.quantized_gemm import ACTIVATIONS, WEIGHT_TYPES
 from fastkernels.quantize import Repacked, find_scheme
@@ -52,6 +53,11 @@ class Products:
         if product.op == "linear" and not all(map(_is_aligned, inputs[:2])):
             return TORCH
         return self.choices.tactic(product, inputs[0].shape[0])
+
+    def streams_bytes(self, product: Product) -> bool:
+        """Whether linear's kernel has one token of it, with bytes and a scale a row."""
+        by_row = product.op == "matmul" and product.weight in ("e4m3", "int8")
+        return by_row and self.choices.tactic(product, 1) == Tactic("matmul", LINEAR_TACTIC)
 
     def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
         return call_of(product, self.tactic(product, inputs), inputs, out, self.workspace)
@@ -159,6 +165,18 @@ def _quantized_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: A
     )
 
 
+def _token_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    """Of ``runtime/one_token.py``: x, its scales or the norm's weight, the weight, its scales, and a bias or
+    none."""
+    x, beside, weight, weight_scales, *bias = inputs
+    x_scales, norm_weight = (None, beside) if attributes["normed"] else (beside, None)
+    return partial(
+        _fk.token_linear.default,
+        *(x, x_scales, norm_weight, attributes.get("eps", 0.0), weight, weight_scales.view(-1)),
+        *(bias[0] if bias else None, True, attributes["adds"], outputs[0]),
+    )
+
+
 def _gather_columns(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
     x, permutation = inputs
     return partial(_aten.index_select.out, x, 1, permutation, out=outputs[0])
@@ -234,6 +252,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "quantize": _quantizing(_fk.quantize.default),
     "quantize_zeros": _plain(_fk.quantize_zeros.default),
     "matmul": _only_on_a_gpu,
+    "token_linear": _token_linear,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,

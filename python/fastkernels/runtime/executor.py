@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import TypeVar
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from fastkernels import _C
-from fastkernels.compiler import Buffer, Ledger, Plan, arena_layout
+from fastkernels.compiler import Buffer, Ledger, Plan, Step, arena_layout
 from fastkernels.compiler.ledger import kv_bytes_per_page
 from fastkernels.compiler.lower import kv_cache_name
-from fastkernels.compiler.tune import BY_RULE, Call, Choices, matmul_runs_on
+from fastkernels.compiler.tune import BY_RULE, Call, Choices, matmul_runs_on, product_of
 from fastkernels.models.rope_scaling import build_cos_sin
 from fastkernels.ops.gemm import matmul_workspace
 from fastkernels.runtime.bind import Products, bind
 from fastkernels.runtime.cuda_graphs import CudaGraphs
+from fastkernels.runtime.one_token import for_one_token
 from fastkernels.runtime.step import StepBuffers
 
 _BOUND_SIZES = 64  # lists of calls that are kept, by size of the step: each holds a view a buffer
@@ -216,7 +217,10 @@ class Executor:
         self, begin: int, end: int, num_tokens: int, num_logits: int, max_query_len: int = 0
     ) -> list[Call]:
         calls: list[Call] = []
-        for step in self.plan.steps[begin:end]:
+        steps: Sequence[Step] = self.plan.steps[begin:end]
+        if num_tokens == 1 and self._products.workspace is not None:
+            steps = for_one_token(self.plan, steps, self._streams_bytes)
+        for step in steps:
             if step.op == "attention_plan" and self.device.type == "cpu":
                 continue  # the CPU's attention needs no work map
             inputs = [self._tensor(name, num_tokens, num_logits) for name in step.inputs]
@@ -233,6 +237,12 @@ class Executor:
                 )
             )
         return calls
+
+    def _streams_bytes(self, step: Step) -> bool:
+        if step.op != "matmul":
+            return False
+        out, x = self.plan.buffers[step.outputs[0]], self.plan.buffers[step.inputs[0]]
+        return self._products.streams_bytes(product_of(step, out.row_size, x.row_size, self.dtype))
 
     def _tensor(self, name: str, num_tokens: int, num_logits: int) -> Tensor:
         """The tensor of the plan's buffer ``name`` in a step of these sizes: always a view, never a copy."""

@@ -102,6 +102,9 @@ class Sampler:
         self._ids = [torch.zeros(rows, dtype=torch.int32, pin_memory=on_gpu) for _ in range(2)]
         self._logprobs = [torch.zeros(rows, dtype=torch.float32, pin_memory=on_gpu) for _ in range(2)]
         self._turn = 0
+        # The copies to the host have a stream of their own, so that the next step need not wait for them.
+        self._copies = torch.cuda.Stream(inputs.device) if on_gpu else None
+        self._drawn = torch.cuda.Event() if on_gpu else None
 
     def admit(self, request: Request, values: SamplingValues) -> None:
         """Notes the parameters of a request that was given a row; its tokens are all known."""
@@ -148,6 +151,8 @@ class Sampler:
             views = self._views[num_logits] = self._make_views(num_logits)
         parameters, slots, penalties, ids, logprobs = views[:6], views[6], views[7:10], views[10], views[11]
         logits = logits[:num_logits]
+        if self._copies is not None:
+            self._events[self._turn].wait()  # the copies of the last step, long done, read what is now drawn
         if self._penalties_now:
             kernels.penalize.default(logits, self._token_counts, slots, *penalties)
         kernels.sample.default(logits, *parameters, ids, logprobs)
@@ -163,14 +168,21 @@ class Sampler:
     ) -> SampledStep:
         self._turn ^= 1
         ids, logprobs = self._ids[self._turn], self._logprobs[self._turn]
-        ids[:n].copy_(inputs.sampled[:n], non_blocking=True)
-        logprobs[:n].copy_(inputs.sampled_logprobs[:n], non_blocking=True)
-        event = None
-        if self._events:
+        if self._copies is None or self._drawn is None:
+            ids[:n].copy_(inputs.sampled[:n])
+            logprobs[:n].copy_(inputs.sampled_logprobs[:n])
+            return SampledStep(ids.numpy(), logprobs.numpy(), top_ids, top_logprobs, None)
+        event = self._events[self._turn]
+        self._drawn.record()
+        with torch.cuda.stream(self._copies):
+            self._drawn.wait()
+            ids[:n].copy_(inputs.sampled[:n], non_blocking=True)
+            logprobs[:n].copy_(inputs.sampled_logprobs[:n], non_blocking=True)
             if top_ids is not None and top_logprobs is not None:
+                top_ids.record_stream(self._copies)
+                top_logprobs.record_stream(self._copies)
                 top_ids = _to_pinned(top_ids)
                 top_logprobs = _to_pinned(top_logprobs)
-            event = self._events[self._turn]
             event.record()
         return SampledStep(ids.numpy(), logprobs.numpy(), top_ids, top_logprobs, event)
 

@@ -52,6 +52,8 @@ class Tactic(NamedTuple):
 
 TORCH = Tactic("torch")
 STREAM = Tactic("linear")
+MOST_STREAMED_TOKENS = 8
+"""That linear's kernel multiplies at once; with more, it would read the weight twice."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,20 @@ def products_of(
 def rule(product: Product, num_tokens: int) -> Tactic:
     """What is taken where nothing was timed."""
     if product.op == "matmul":
-        # Up to 8 tokens -1 is this one too; by its name the tuner knows its time.
-        streams = num_tokens <= 8 and _streams_bytes(product, num_tokens)
-        return Tactic("matmul", LINEAR_TACTIC if streams else -1)
+        # -1 is this one too; by its name the tuner knows its time.
+        return Tactic("matmul", LINEAR_TACTIC if _streams_bytes(product, num_tokens) else -1)
     if product.op == "quantized_linear":
         return Tactic("weight_only_linear", 0)
     return STREAM if _streams(product, num_tokens) else TORCH
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
-    """All that are worth timing for so many tokens on a GPU of this compute capability, in a fixed order."""
+    """The rule's and all others that are worth timing for so many tokens on a GPU of this compute capability,
+    in a fixed order."""
     if product.op == "matmul":
-        return _matmul_tactics(product, num_tokens, capability)
+        return _with(rule(product, num_tokens), _matmul_tactics(product, num_tokens, capability))
     if product.op == "quantized_linear":
-        return _weight_only_tactics(product.weight, num_tokens, capability)
+        return _with(rule(product, num_tokens), _weight_only_tactics(product.weight, num_tokens, capability))
     tactics = [TORCH]
     if _streams(product, num_tokens):
         tactics.append(STREAM)
@@ -139,8 +141,14 @@ def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _streams(product: Product, num_tokens: int) -> bool:
-    """Whether ``ops.linear`` takes it without a tactic."""
-    return num_tokens <= ops.LINEAR_MAX_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+    """Whether ``ops.linear`` takes it without a tactic, in one pass over the weight."""
+    return num_tokens <= MOST_STREAMED_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+
+
+def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
+    """The rule's is timed by the name the rule has for it, whichever of the others it comes to. The only one
+    is the rule's."""
+    return tactics if plain in tactics or len(tactics) == 1 else [plain, *tactics]
 
 
 def _weight_only_tactics(weight: str, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
@@ -179,9 +187,8 @@ def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, in
 
 def _streams_bytes(product: Product, num_tokens: int) -> bool:
     """Whether the tactic of few tokens takes a product of ``matmul``."""
-    few = ops.LINEAR_MAX_TOKENS
-    most = {"e4m3-block": 8, "e5m2": 8, "e4m3": few, "int8": few, WITH_ZEROS: few}
-    return num_tokens <= most.get(product.weight, 0) and product.in_size % 16 == 0
+    takes = product.weight in ("e4m3", "e4m3-block", "e5m2", "int8", WITH_ZEROS)
+    return takes and num_tokens <= MOST_STREAMED_TOKENS and product.in_size % 16 == 0
 
 
 def _computes(tile: MatmulTile, weight: str) -> bool:

@@ -1,0 +1,294 @@
+// out = x W^T + bias for up to 8 tokens, with W in 4 or 8 bits and x as it is, at the speed of reading W.
+//
+//   x [num_tokens, K]   W in units of 16 rows x 128 (weight_only.h)   bias [N]   out [num_tokens, N]   bf16 | fp16
+//
+// A block of up to 16 warps owns whole tiles of 16 rows, as many as there are for every SM, and all of K, or half of
+// it, which it shares with the other block of its cluster. A chunk of 128 along K belongs to one warp: it reads x once,
+// and multiplies the chunk's units of all tiles one after the other (weight_only_digits.cuh, weight_only_pairs.cuh).
+// Their sums lie in shared memory, a warp's own, so that a unit is a short loop with few registers; they are added at
+// the end, in the order of the warps, then of the cluster's blocks. Tiles whose sums do not fit go in groups, each with
+// x anew.
+//
+// W comes through a ring of units a warp (cp.async), which is filled before the kernel before this one ends. With
+// kBlocks = 2 a block takes half an SM, so that the next kernel's block fills its ring beside it.
+//
+// Bytes: W and its scales once; x once a block and group, from L2.
+#pragma once
+
+#include <algorithm>
+
+#include "common/launch.h"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/cp_async.cuh"
+#include "common/ptx/load_16.cuh"
+#include "common/ptx/pdl.cuh"
+#include "common/ptx/uniform.cuh"
+#include "gemm/weight_only.h"
+#include "gemm/weight_only_formats.cuh"
+#include "gemm/weight_only_room.h"
+
+namespace fastkernels {
+namespace {
+
+constexpr int kFewWarps = 16;  // of a block, at most
+
+struct FewArgs {
+    WeightOnlyParams p;
+    int splits;             // blocks of a cluster, which share K: 1 or 2
+    int split_chunks;       // of the first of them
+    int tiles, more_tiles;  // of a cluster; the first more_tiles clusters have one more
+    int group_tiles;        // at most
+};
+
+template <typename F>
+constexpr int kFewUnitBytes = F::kPieces * 512 + F::kScaleBytes;
+
+// Product has
+//   Element, Format
+//   kTokens: at most
+//   kLaneTokens: of them, whose sums a lane has: token t * kLaneTokens + e, rows g and g + 8
+//   kAhead: how many loads of x, of two tokens each, there are registers for beside the chunk before, of 64
+//   slot_bytes: what a warp needs for x of a chunk
+//   put: 16 bytes a lane, of two tokens, half a warp each, to the slot
+//   load: what a lane needs of the slot
+//   multiply: a unit; adds to the lane's sums
+template <typename Product, int kBlocks, int kSlots>
+__global__ void __launch_bounds__(kFewWarps * 32, kBlocks) weight_only_few_kernel(const FewArgs args) {
+    using T = typename Product::Element;
+    using F = typename Product::Format;
+    constexpr int kUnitBytes = kFewUnitBytes<F>, kDataBytes = F::kPieces * 512, kRingBytes = kSlots * kUnitBytes;
+    constexpr int kLoads = Product::kTokens / 2;                     // of x, each of two tokens
+    constexpr int kAhead = kBlocks == 2 ? Product::kAhead : kLoads;  // of the next chunk's
+    constexpr int kLaneTokens = Product::kLaneTokens;
+    extern __shared__ __align__(16) char shared[];
+    const WeightOnlyParams& p = args.p;
+    const int warps = static_cast<int>(blockDim.x) / 32, lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // known to be the same in all lanes
+    const int g = lane / 4, t = lane % 4, my_piece = piece_of_lane(g, t);
+    const int in_size = static_cast<int>(p.in_size), num_tokens = static_cast<int>(p.num_tokens);
+
+    // This block's tiles of 16 rows, and its chunks of K, of which this warp has every warps-th.
+    const int splits = args.splits, cluster = static_cast<int>(blockIdx.x) >> (splits - 1);
+    const int rank = static_cast<int>(blockIdx.x) & (splits - 1), group_tiles = args.group_tiles;
+    const int first_tile = cluster * args.tiles + min(cluster, args.more_tiles);
+    const int my_tiles = args.tiles + (cluster < args.more_tiles ? 1 : 0);
+    const int all_chunks = (in_size + kUnitSize - 1) / kUnitSize, first_chunk = rank * args.split_chunks;
+    const int num_chunks = min(all_chunks - first_chunk, args.split_chunks);
+    const int my_chunks =
+        static_cast<int>(static_cast<unsigned>(num_chunks - warp + warps - 1) / static_cast<unsigned>(warps));
+
+    char* ring = shared + warp * kRingBytes;
+    char* slot = shared + warps * kRingBytes + warp * Product::slot_bytes(num_tokens);
+    float* sums = reinterpret_cast<float*>(shared + warps * (kRingBytes + Product::slot_bytes(num_tokens)));
+    // Of a warp: [group_tiles][token][8 of g][row g, row g + 8]
+    const int tile_floats = num_tokens * kUnitRows, warp_floats = group_tiles * tile_floats;
+    float* factors = sums + warps * warp_floats;           // [my_tiles][16]
+    float* kept = factors + (args.tiles + 1) * kUnitRows;  // [my_tiles][token][8 of g][2], where a cluster shares K
+
+    // --- Fetching, unit by unit: tiles of a group, my chunks, groups -------------------------------------------------
+    const int tile_stride = all_chunks * kUnitBytes, chunk_stride = warps * kUnitBytes;
+    const uint8_t* from = p.packed + (int64_t{first_tile} * all_chunks + first_chunk + warp) * kUnitBytes + lane * 16;
+    int tiles_left = my_chunks > 0 ? my_tiles : 0;                           // from the group on that is being fetched
+    int chunks_left = my_chunks, units_left = min(tiles_left, group_tiles);  // of that group, of that chunk
+    const auto fetch = [&](const char* to) {
+        if (units_left > 0) {
+            const uint32_t fill = shared_address(to) + lane * 16;
+#pragma unroll
+            for (int i = 0; i < F::kPieces; ++i) {
+                cp_async_16(fill + i * 512, from + i * 512, true);
+            }
+            if (lane < F::kScaleBytes / 16) {
+                cp_async_16(fill + kDataBytes, from + kDataBytes, true);
+            }
+            from += tile_stride;
+            if (--units_left == 0) {
+                const int count = min(tiles_left, group_tiles);
+                from += chunk_stride - count * tile_stride;
+                if (--chunks_left == 0) {
+                    from += count * tile_stride - my_chunks * chunk_stride;
+                    tiles_left -= count;
+                    chunks_left = my_chunks;
+                }
+                units_left = min(tiles_left, group_tiles);
+            }
+        }
+        cp_async_commit();
+    };
+    pdl_launch_dependents();
+    if (!p.constant_weight) {
+        pdl_wait();
+    }
+#pragma unroll 1
+    for (int i = 0; i < kSlots - 1; ++i) {
+        fetch(ring + i * kUnitBytes);
+    }
+    for (int i = threadIdx.x; i < my_tiles * kUnitRows; i += static_cast<int>(blockDim.x)) {
+        const int64_t row = int64_t{first_tile} * kUnitRows + i;
+        factors[i] = row < p.out_size ? p.row_factors[row] : 0.0f;
+    }
+    pdl_wait();
+
+    // --- x: half a warp loads a token, 8 neighbours a lane; past the end of K zeros ----------------------------------
+    const int token_stride = static_cast<int>(p.x_token_stride);  // fits: 8 tokens of an x not wider than 2^24
+    uint4 coming[kLoads];
+    const auto load_x = [&](int index, int first, int last, int lane) {
+        const int k = (first_chunk + warp + index * warps) * kUnitSize + lane % 16 * 8;
+#pragma unroll
+        for (int i = first; i < last; ++i) {
+            const int token = i * 2 + lane / 16;
+            coming[i] = uint4{};
+            if (k < in_size && token < num_tokens) {
+                coming[i] = load_16_here(static_cast<const T*>(p.x) + (token * token_stride + k));
+            }
+        }
+    };
+    if (my_chunks > 0) {
+        load_x(0, 0, kAhead, lane);
+    }
+
+    const auto store = [&](float sum, int index) {  // index: of kept
+        const int row = index % 2 * 8 + index % kUnitRows / 2;
+        const unsigned tile_token = static_cast<unsigned>(index) / kUnitRows;
+        const unsigned tile = tile_token / static_cast<unsigned>(num_tokens), token = tile_token - tile * num_tokens;
+        const int64_t n = (static_cast<int64_t>(first_tile) + tile) * kUnitRows + row;
+        if (n < p.out_size) {
+            float y = sum * (factors[tile * kUnitRows + row] * Product::kLeftOut);
+            if (p.bias != nullptr) {
+                y += to_float(static_cast<const T*>(p.bias)[n]);
+            }
+            static_cast<T*>(p.out)[token * p.out_token_stride + n] = from_float<T>(y);
+        }
+    };
+
+    const char* unit = ring;
+    for (int group_first = 0; group_first < my_tiles; group_first += group_tiles) {
+        const int count = min(my_tiles - group_first, group_tiles);
+        for (int index = 0; index < my_chunks; ++index) {
+            const int here = static_cast<int>(keep(lane));  // so that no address of this chunk is kept for the next
+            if (group_first == 0 || my_chunks > 1) {
+                load_x(index, kAhead, kLoads, here);
+                __syncwarp();
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) {
+                    if (i * 2 < num_tokens) {
+                        Product::put(slot, coming[i], i * 2 + here / 16, here % 16, num_tokens);
+                    }
+                }
+                load_x(index + 1 < my_chunks ? index + 1 : 0, 0, kAhead, here);
+                __syncwarp();
+            }
+            typename Product::Chunk chunk;
+            Product::load(chunk, slot, here / 4, here % 4, num_tokens);
+            float2* my_sums = reinterpret_cast<float2*>(sums + warp * warp_floats) + t * (kLaneTokens * 8) + g;
+#pragma unroll 1
+            for (int r = 0; r < count; ++r) {
+                cp_async_wait<kSlots - 2>();
+                __syncwarp();
+                fetch((unit == ring ? unit + kRingBytes : unit) - kUnitBytes);  // where the unit before this one was
+                float2 sum[kLaneTokens];
+#pragma unroll
+                for (int e = 0; e < kLaneTokens; ++e) {
+                    sum[e] = index > 0 && t * kLaneTokens + e < num_tokens ? my_sums[e * 8] : float2{0.0f, 0.0f};
+                }
+                Product::multiply(sum, chunk, unit, my_piece, g, t);
+#pragma unroll
+                for (int e = 0; e < kLaneTokens; ++e) {
+                    if (t * kLaneTokens + e < num_tokens) {
+                        my_sums[e * 8] = sum[e];
+                    }
+                }
+                my_sums += tile_floats / 2;
+                unit += kUnitBytes;
+                unit = unit == ring + kRingBytes ? ring : unit;
+            }
+        }
+
+        // --- The warps' sums -----------------------------------------------------------------------------------------
+        __syncthreads();
+        const int adding_warps = min(warps, num_chunks);
+        for (int i = threadIdx.x; i < count * tile_floats; i += static_cast<int>(blockDim.x)) {
+            float y = 0.0f;
+#pragma unroll 4
+            for (int w = 0; w < adding_warps; ++w) {
+                y += sums[w * warp_floats + i];
+            }
+            if (splits > 1) {
+                kept[group_first * tile_floats + i] = y;
+            } else {
+                store(y, group_first * tile_floats + i);
+            }
+        }
+        if (group_first + group_tiles < my_tiles) {
+            __syncthreads();
+        }
+    }
+
+    // --- The cluster's sums ------------------------------------------------------------------------------------------
+    if (splits > 1) {
+        cluster_sync();
+        const int total = my_tiles * tile_floats, threads = static_cast<int>(blockDim.x);
+        for (int i = rank * threads + static_cast<int>(threadIdx.x); i < total; i += splits * threads) {
+            float y = 0.0f;
+            for (int other = 0; other < splits; ++other) {
+                y += *in_block(kept + i, other);
+            }
+            store(y, i);
+        }
+        cluster_sync();  // no block ends while another reads from it
+    }
+}
+
+// --- Launch ----------------------------------------------------------------------------------------------------------
+
+// False, and nothing is launched, where there is no room: for the sums of all tiles at once, or, if it may be grouped,
+// of one.
+template <typename Product, int kBlocks, int kSlots>
+bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grouped, const Room& room, void* stream) {
+    const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+    const int num_tiles = ceil_div(p.out_size, kUnitRows), all_chunks = ceil_div(p.in_size, kUnitSize);
+    const int tokens = static_cast<int>(p.num_tokens);
+    splits = all_chunks > 1 ? splits : 1;
+    const int clusters = std::min(num_tiles, std::max(room.num_sms / splits, 1)), tiles = ceil_div(num_tiles, clusters);
+    // As many warps as share a block's chunks evenly, and enough to add up.
+    const int chunks = ceil_div(all_chunks, splits);
+    const int warps = std::max(ceil_div(chunks, ceil_div(chunks, most_warps)), 4);
+    const int limit = std::min(room.block_bytes, room.sm_bytes / kBlocks - 1024);
+    const int tile_bytes = tokens * kUnitRows * 4;
+    const int others = warps * (kSlots * kFewUnitBytes<typename Product::Format> + Product::slot_bytes(tokens)) +
+                       (num_tiles / clusters + 1) * kUnitRows * 4 + (splits > 1 ? tiles * tile_bytes : 0);
+    const int fit = std::min(std::max(limit - others, 0) / (warps * tile_bytes), tiles);
+    if (fit == 0 || (!grouped && fit < tiles)) {
+        return false;
+    }
+    // All that a block may have: with less the split between L1 and shared memory would change from product to product,
+    // for which an SM has to be empty.
+    launch(
+        weight_only_few_kernel<Product, kBlocks, kSlots>,
+        {.grid = dim3(static_cast<unsigned>(clusters * splits)),
+         .block = dim3(static_cast<unsigned>(warps * 32)),
+         .shared_bytes = static_cast<size_t>(limit),
+         .pdl = true,
+         .cluster = static_cast<unsigned>(splits)},
+        stream,
+        FewArgs{p, splits, chunks, num_tiles / clusters, num_tiles % clusters, ceil_div(tiles, ceil_div(tiles, fit))});
+    return true;
+}
+
+// As many slots as leave room for all sums at once, else as few as keep memory busy; on GPUs with less shared memory
+// the last way has room enough for 8 tokens.
+template <typename Product, int kBlocks>
+void launch_few(const WeightOnlyParams& p, int splits, const Room& room, void* stream) {
+    constexpr bool kIsByte = Product::Format::kPieces == 4, kIsHalf = kBlocks == 2;
+    constexpr int kMany = kIsHalf ? (kIsByte ? 3 : 6) : (kIsByte ? 4 : 9), kSome = kIsByte ? 2 : 4;
+    constexpr int kFew = kIsByte ? 2 : kIsHalf ? 3 : 4;
+    if (!launch_few<Product, kBlocks, kMany>(p, splits, kFewWarps, false, room, stream) &&
+        !launch_few<Product, kBlocks, kSome>(p, splits, kFewWarps, false, room, stream) &&
+        !launch_few<Product, kBlocks, kFew>(p, splits, kFewWarps, true, room, stream) &&
+        !launch_few<Product, 1, 2>(p, splits, kFewWarps / 2, true, room, stream)) {
+        fail("weight_only_linear: a block has no room for the sums of ", p.num_tokens, " tokens and ", p.out_size,
+             " rows");
+    }
+}
+
+}  // namespace
+}  // namespace fastkernels
