@@ -313,9 +313,10 @@ void weight_only_linear(Tensor x, std::optional<Tensor> x_scales, Tensor packed,
     p.tactic = static_cast<int>(tactic);
     p.constant_weight = constant_weight;
     p.dtype = dtype_of(y, "out");
-    check(takes_e4m3(p.format) == x_scales.has_value() &&
-              dtype_of(x, "x") == (x_scales ? DType::e4m3 : p.dtype) && (!bias || dtype_of(*bias, "bias") == p.dtype),
-          "weight_only_linear: bias and out must have the dtype of x, which with int4_e4m3 formats is e4m3 with x_scales");
+    check(takes_e4m3(p.format) == x_scales.has_value() && dtype_of(x, "x") == (x_scales ? DType::e4m3 : p.dtype) &&
+              (!bias || dtype_of(*bias, "bias") == p.dtype),
+          "weight_only_linear: bias and out must have the dtype of x, which with int4_e4m3 formats is e4m3 with "
+          "x_scales");
     if (x_scales) {
         check(x_scales->scalar_type() == ScalarType::Float && x_scales->is_contiguous() &&
                   x_scales->numel() == p.num_tokens,

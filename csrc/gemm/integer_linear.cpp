@@ -1,6 +1,6 @@
 // out = x W^T + bias with weights of 8 or 4 bits, as sums of products of bytes: W = scale * q with whole q, x as digits
-// (digits.h), so that within the elements that share both scales all sums are exact. With int4, x may be rounded to e4m3
-// before.
+// (digits.h), so that within the elements that share both scales all sums are exact. With int4, x may be rounded to
+// e4m3 before.
 //
 // A task owns kTaskRows rows of the weight. A tile of it, kRows rows x kTokens tokens, keeps its float sums in
 // registers and goes along K by units of 2 registers' bytes: weights are unpacked once a tile, digits read once for

@@ -1,5 +1,5 @@
-// Activations rounded to fp8 and scaled back: what a product of bytes with their scales is a product of. Included by CPU
-// kernel files only.
+// Activations rounded to fp8 and scaled back: what a product of bytes with their scales is a product of. Included by
+// CPU kernel files only.
 #pragma once
 
 #include <algorithm>

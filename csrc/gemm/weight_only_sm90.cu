@@ -80,7 +80,8 @@ bool weight_only_sm90_runs() {
     return compute_capability() == 90 && built;
 }
 
-// By timings of int4 and int4_e4m3 on an H200 (docs/kernels/gemm.md): a chunk of a tile, and what it costs to share tiles.
+// By timings of int4 and int4_e4m3 on an H200 (docs/kernels/gemm.md): a chunk of a tile, and what it costs to share
+// tiles.
 int weight_only_sm90_tactic(const WeightOnlyParams& p) {
     const int sms = num_sms();
     // Up to 8 tokens the other kernel is faster; up to 16 where there are no whole rounds.
@@ -115,7 +116,7 @@ void weight_only_sm90(const WeightOnlyParams& p, const WeightOnlyTile& tile, voi
     const int size = is_e4m3 ? 1 : 2;
     // The driver wants whole 16 bytes of a stride that is never used too.
     const int64_t row_bytes = ceil_div(p.in_size * size, 16) * 16;
-    const auto type = is_e4m3                  ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+    const auto type = is_e4m3                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                       : p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const WeightOnlyTileArgs args{

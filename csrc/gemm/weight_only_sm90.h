@@ -14,7 +14,7 @@ struct WeightOnlyTile {
 };
 inline constexpr int kWeightTileRows = 128;
 inline constexpr WeightOnlyTile kWeightOnlyTiles[] = {
-    {16, 1}, {16, 2}, {16, 3},  {32, 1},  {32, 2},  {32, 3},  {64, 1},  {64, 2},
+    {16, 1}, {16, 2},  {16, 3},  {32, 1},  {32, 2},  {32, 3},  {64, 1},  {64, 2},
     {64, 3}, {128, 1}, {128, 2}, {128, 3}, {256, 1}, {256, 2}, {256, 3},
 };
 inline constexpr int kNumWeightOnlyTiles = sizeof(kWeightOnlyTiles) / sizeof(kWeightOnlyTiles[0]);

@@ -18,7 +18,7 @@ struct WeightTileConsumer {
     using X = std::conditional_t<kTakesE4m3<F>, __nv_fp8_e4m3, T>;
     static constexpr int kSums = kN / 2;
     static constexpr int kUnits16 = kN / 16, kOutUnits = Shape::kOutUnits;  // of tokens
-    static constexpr int kSteps = 64 * int{sizeof(X)} / 32;  // wgmmas of 64 neighbours
+    static constexpr int kSteps = 64 * int{sizeof(X)} / 32;                 // wgmmas of 64 neighbours
     // Sums that a scale multiplies before they are added are the wgmmas' of kPart steps. They take registers of their
     // own, so that 256 tokens take turns by 128.
     static constexpr bool kScales = F::kScaleSteps != 0;
@@ -103,8 +103,8 @@ struct WeightTileConsumer {
     }
 
     // All in the wgmmas' own sums, which are never waited for but at the end.
-    __device__ __forceinline__ void add_up(float (&sum)[kSums], uint32_t (&even)[kSteps][4],
-                                           uint32_t (&odd)[kSteps][4], int i, int num_chunks) {
+    __device__ __forceinline__ void add_up(float (&sum)[kSums], uint32_t (&even)[kSteps][4], uint32_t (&odd)[kSteps][4],
+                                           int i, int num_chunks) {
         int last = -1;  // slot of the chunk before
         while (i < num_chunks) {
             const int slot = ring.slot;
@@ -234,21 +234,21 @@ struct WeightTileConsumer {
                 of_token.x *= scale.x;
                 of_token.y *= scale.y;
             }
-            pairs[i] = pack_pair<T>(fmaf(d[i * 2], of_token.x, more[i % 2]),
-                                    fmaf(d[i * 2 + 1], of_token.y, more[i % 2]));
+            pairs[i] =
+                pack_pair<T>(fmaf(d[i * 2], of_token.x, more[i % 2]), fmaf(d[i * 2 + 1], of_token.y, more[i % 2]));
         }
         const int token = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
-        stmatrix_x4_transposed(shared_address(shared.out[group * 4 + warp][unit]) + token * 32 +
-                                   (half ^ token / 4 % 2) * 16,
-                               pairs[0], pairs[1], pairs[2], pairs[3]);
+        stmatrix_x4_transposed(
+            shared_address(shared.out[group * 4 + warp][unit]) + token * 32 + (half ^ token / 4 % 2) * 16, pairs[0],
+            pairs[1], pairs[2], pairs[3]);
     }
 
     // What the warp has staged there, by lanes that each have 8 rows of a token.
     __device__ __forceinline__ void write(int64_t token, int64_t row, int unit) const {
         const WeightOnlyParams& p = args.p;
         const int of = lane / 2, half = lane % 2;
-        const auto piece = reinterpret_cast<const uint4*>(shared.out[group * 4 + warp][unit] + of * 32 +
-                                                          (half ^ of / 4 % 2) * 16);
+        const auto piece =
+            reinterpret_cast<const uint4*>(shared.out[group * 4 + warp][unit] + of * 32 + (half ^ of / 4 % 2) * 16);
         token += of;
         row += warp * 16 + half * 8;
         if (token < p.num_tokens) {

