@@ -18,6 +18,7 @@ from benchmarks.shapes import Shapes, shapes_for, tokens_label
 from fastkernels import ops
 from fastkernels.ops import reference
 from fastkernels.ops.gemm import FIRST_SM80_TACTIC, matmul, matmul_workspace
+from fastkernels.ops.quantized_gemm import round_to
 from fastkernels.quantize import Repacked, find_scheme
 
 _TOKENS = {  # of matmul, by type
@@ -28,7 +29,7 @@ _TOKENS = {  # of matmul, by type
 }
 _TOKENS_OF_ANY_GPU = (64, 2048)
 _BYTES = ("fp8", "fp8 block", "int8")  # types of matmul that any GPU takes
-WEIGHT_ONLY = ("int4", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
+WEIGHT_ONLY = ("int4", "int4-fp8", "int4-zeros", "int8-weight", "nvfp4", "mxfp4")  # schemes
 
 
 class Inputs(NamedTuple):
@@ -54,6 +55,8 @@ class MatmulInputs(NamedTuple):
 
 class WeightOnlyInputs(NamedTuple):
     x: torch.Tensor  # [num_tokens, in_size]
+    rounded: torch.Tensor  # x as the scheme's products take it, and its scales
+    x_scales: torch.Tensor | None
     parts: dict[str, torch.Tensor]  # of the scheme
     weight: ops.RepackedWeight
     out: torch.Tensor  # [num_tokens, out_size]
@@ -94,7 +97,8 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield from _cases_of_any_gpu(shapes, device, is_hopper, quick)
     for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:
         first = scheme == WEIGHT_ONLY[0]
-        most = (1, 16, 32, 64, 128, 512, 2048) if first else (1, 64, 512)
+        more = (2048, 8192) if scheme == "int4-fp8" else ()
+        most = (1, 16, 32, 64, 128, 512, 2048) if first else (1, 64, 512, *more)
         for num_tokens in (1, 16) if quick else most:
             products = list(_products(shapes).items())[: 5 if first and num_tokens < 64 else 4]
             for name, (out_size, in_size) in products:
@@ -294,8 +298,25 @@ def _weight_only_case(
             block=scheme.block(in_size),
             zeros=given.get("zeros"),
             global_scale=given.get("global_scale"),
+            activation=scheme.activation,
         )
-        return WeightOnlyInputs(x, given, repacked, x.new_empty(num_tokens, out_size))
+        rounded, *x_scales = (x,) if scheme.activation is None else round_to(x, scheme.activation)
+        out = x.new_empty(num_tokens, out_size)
+        return WeightOnlyInputs(x, rounded, x_scales[0] if x_scales else None, given, repacked, out)
+
+    def ours(i: WeightOnlyInputs) -> Call:
+        return lambda: ops.weight_only_linear(
+            i.rounded,
+            i.weight,
+            x_scales=i.x_scales,
+            tactic=tactic,
+            constant_weight=True,
+            out=i.out,
+        )
+
+    def expect(i: WeightOnlyInputs) -> torch.Tensor:
+        x = i.x.float() if i.x_scales is None else i.rounded.float() * i.x_scales[:, None]
+        return x @ scheme.dequantize(i.parts).t()
 
     peers: dict[str, Callable[[WeightOnlyInputs], Call]] = {"torch mm of bf16": by_torch}
     if scheme_name == "int4" and (vllm := vllm_ops()) is not None:
@@ -303,16 +324,15 @@ def _weight_only_case(
     num_bytes = sum(
         math.prod(part.shape) * part.torch_dtype.itemsize for part in layout.parts(out_size, in_size).values()
     )
+    x_bytes = dtype.itemsize if scheme.activation is None else 1
     return Case(
         "weight_only_linear" if tactic == 0 else "weight_only_linear, kernel for any GPU",
         f"{scheme_name} {name} {out_size} x {in_size}, {tokens_label(num_tokens)}",
         dtype,
         make=make,
-        ours=lambda i: (
-            lambda: ops.weight_only_linear(i.x, i.weight, tactic=tactic, constant_weight=True, out=i.out)
-        ),
-        expect=lambda i: i.x.float() @ scheme.dequantize(i.parts).t(),
-        num_bytes=num_bytes + num_tokens * (in_size + out_size) * dtype.itemsize,
+        ours=ours,
+        expect=expect,
+        num_bytes=num_bytes + num_tokens * (in_size * x_bytes + out_size * dtype.itemsize),
         flops=2 * num_tokens * out_size * in_size,
         peers=peers,
     )

@@ -123,8 +123,10 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
     check(!global_scale || (global_scale->scalar_type() == ScalarType::Float && global_scale->numel() == 1),
           "quantized_linear: global_scale must be one fp32 value");
     const bool to_int8 = p.activation == Activation::int8_token || p.activation == Activation::int8_zeros;
-    check(p.activation == Activation::none || (to_int8 && !is_half_byte && !is_fp8) || (!to_int8 && is_fp8),
-          "quantized_linear: x is rounded to int8 with int8 weights, and to fp8 with e4m3 weights");
+    const bool to_e4m3 = p.activation == Activation::e4m3_token;
+    check(p.activation == Activation::none || (to_int8 && !is_half_byte && !is_fp8) || (!to_int8 && is_fp8) ||
+              (to_e4m3 && p.weight_type == WeightType::int4),
+          "quantized_linear: x is rounded to int8 with int8 weights, to fp8 with e4m3 weights, and to e4m3 with int4");
     const bool has_zeros = p.activation == Activation::int8_zeros;
     check(weight_sums.has_value() == has_zeros && (!has_zeros || p.in_size <= kMaxInSizeWithZeros),
           "quantized_linear: weight_sums go with zero points of x, which take an in_size up to ", kMaxInSizeWithZeros);
@@ -280,9 +282,9 @@ void interleave_rows(Tensor rows, Tensor y) {
         {static_cast<const uint8_t*>(in(rows)), static_cast<uint8_t*>(out(y)), rows.size(0), rows.size(1)});
 }
 
-// format: PackedFormat
-void weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, std::optional<Tensor> bias, int64_t format,
-                        int64_t tactic, bool constant_weight, Tensor y) {
+// x_scales: of x in e4m3, by the format; format: PackedFormat
+void weight_only_linear(Tensor x, std::optional<Tensor> x_scales, Tensor packed, Tensor row_factors,
+                        std::optional<Tensor> bias, int64_t format, int64_t tactic, bool constant_weight, Tensor y) {
     using torch::headeronly::ScalarType;
     check(x.dim() == 2 && y.dim() == 2 && row_factors.dim() == 1 && x.size(0) == y.size(0) &&
               y.size(1) == row_factors.size(0),
@@ -310,9 +312,17 @@ void weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, std::option
     p.out_token_stride = y.stride(0);
     p.tactic = static_cast<int>(tactic);
     p.constant_weight = constant_weight;
-    p.dtype = dtype_of(x, "x");
-    check(dtype_of(y, "out") == p.dtype && (!bias || dtype_of(*bias, "bias") == p.dtype),
-          "weight_only_linear: bias and out must have the dtype of x");
+    p.dtype = dtype_of(y, "out");
+    check(takes_e4m3(p.format) == x_scales.has_value() && dtype_of(x, "x") == (x_scales ? DType::e4m3 : p.dtype) &&
+              (!bias || dtype_of(*bias, "bias") == p.dtype),
+          "weight_only_linear: bias and out must have the dtype of x, which with int4_e4m3 formats is e4m3 with "
+          "x_scales");
+    if (x_scales) {
+        check(x_scales->scalar_type() == ScalarType::Float && x_scales->is_contiguous() &&
+                  x_scales->numel() == p.num_tokens,
+              "weight_only_linear: x_scales must be contiguous fp32 [num_tokens]");
+        p.x_scales = static_cast<const float*>(in(*x_scales));
+    }
 #if FASTKERNELS_WITH_CUDA
     if (x.is_cuda()) {
         torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -352,8 +362,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
         "interleaved, Tensor(a!) out) -> ()");
     m.def("interleave_rows(Tensor rows, Tensor(a!) out) -> ()");
     m.def(
-        "weight_only_linear(Tensor x, Tensor packed, Tensor row_factors, Tensor? bias, int format, int tactic, "
-        "bool constant_weight, Tensor(a!) out) -> ()");
+        "weight_only_linear(Tensor x, Tensor? x_scales, Tensor packed, Tensor row_factors, Tensor? bias, int format, "
+        "int tactic, bool constant_weight, Tensor(a!) out) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_gemm)

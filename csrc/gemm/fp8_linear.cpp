@@ -7,52 +7,15 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "common/cpu/quantize_row.h"
 #include "common/cpu/simd.h"
 #include "fastkernels/gemm.h"
+#include "gemm/rounded_x.h"
 #include "gemm/weight_scales.h"
 
 namespace fastkernels::cpu::FK_ISA {
 namespace {
 
 constexpr int kRows = 4, kTokens = 4;
-
-// x as floats: [num_tokens][in_size], rounded to fp8 and scaled back where p.activation says so
-template <typename T>
-void read_x(const QuantizedLinearParams& p, std::vector<float>& x) {
-    x.resize(p.num_tokens * p.in_size);
-    parallel_for(p.num_tokens, 1 + 16384 / (p.in_size + 1), [&](int64_t token) {
-        const T* from = static_cast<const T*>(p.x) + token * p.x_token_stride;
-        float* row = x.data() + token * p.in_size;
-        float bad = 0.0f;  // 0 x NaN and 0 x infinity are NaN
-#pragma omp simd reduction(+ : bad)
-        for (int64_t i = 0; i < p.in_size; ++i) {
-            row[i] = to_float(from[i]);
-            bad += row[i] * 0.0f;
-        }
-        if (p.activation == Activation::none) {
-            return;
-        }
-        const int64_t stretch = p.activation == Activation::e4m3_block ? kScaleBlock : p.in_size;
-        const ByteType type = p.activation == Activation::e5m2_token ? ByteType::e5m2 : ByteType::e4m3;
-        for (int64_t begin = 0; begin < p.in_size; begin += stretch) {
-            const int64_t size = std::min(stretch, p.in_size - begin);
-            const float scale = scale_of(row + begin, size, type);
-            const float inverse = 1.0f / scale;
-            const auto round_all = [&](auto round) {
-#pragma omp simd
-                for (int64_t i = begin; i < begin + size; ++i) {
-                    row[i] = round(row[i] * inverse) * scale + bad;
-                }
-            };
-            if (type == ByteType::e5m2) {
-                round_all([](float x) { return to_float(e5m2{to_e5m2(x)}); });
-            } else {
-                round_all([](float x) { return to_float(e4m3{to_e4m3(x)}); });
-            }
-        }
-    });
-}
 
 // kWidth weights as floats, 2^-8 of what they are: e4m3 with its exponent in fp16's place. NaN is not kept.
 inline Vec load_e4m3(const uint8_t* weight) {
@@ -164,7 +127,7 @@ template <typename T>
 void all_rows(const QuantizedLinearParams& p) {
     static thread_local std::vector<float> activations;  // of the calling thread, which the others read
     std::vector<float>& x = activations;
-    read_x<T>(p, x);
+    round_x<T>(p, x);
     const int64_t tasks = (p.out_size + kRows - 1) / kRows;
     // A thread gets at least 131,072 products: waking it costs as much.
     const int64_t products = kRows * p.in_size * p.num_tokens;

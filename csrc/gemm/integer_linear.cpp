@@ -1,5 +1,6 @@
 // out = x W^T + bias with weights of 8 or 4 bits, as sums of products of bytes: W = scale * q with whole q, x as digits
-// (digits.h), so that within the elements that share both scales all sums are exact.
+// (digits.h), so that within the elements that share both scales all sums are exact. With int4, x may be rounded to
+// e4m3 before.
 //
 // A task owns kTaskRows rows of the weight. A tile of it, kRows rows x kTokens tokens, keeps its float sums in
 // registers and goes along K by units of 2 registers' bytes: weights are unpacked once a tile, digits read once for
@@ -12,6 +13,7 @@
 #include "common/cpu/parallel.h"
 #include "fastkernels/gemm.h"
 #include "gemm/digits.h"
+#include "gemm/rounded_x.h"
 #include "gemm/weight_scales.h"
 
 namespace fastkernels::cpu::FK_ISA {
@@ -304,18 +306,32 @@ void all_rows(const QuantizedLinearParams& p, const Digits& x) {
     });
 }
 
-template <WeightType kType, int kDigits, typename T, bool kZeros = false>
-void multiply_all(const QuantizedLinearParams& p) {
+// x: p.x, or what it was rounded to
+template <WeightType kType, int kDigits, typename T, bool kZeros = false, typename X>
+void multiply_all(const QuantizedLinearParams& p, const X* rows, int64_t token_stride) {
     static thread_local Digits digits;  // of the calling thread, which the others read
     Digits& x = digits;
     const int64_t num_sums = p.zeros == nullptr ? 0 : (p.in_size - 1) / p.block_size + 1;
-    make_digits<kDigits, kType != WeightType::int8, kZeros>(static_cast<const T*>(p.x), p.x_token_stride, p.num_tokens,
-                                                            p.in_size, zero_of(kType), num_sums, p.block_size, x);
+    make_digits<kDigits, kType != WeightType::int8, kZeros>(rows, token_stride, p.num_tokens, p.in_size, zero_of(kType),
+                                                            num_sums, p.block_size, x);
     if (p.num_tokens == 1) {
         all_rows<kType, kDigits, kMaxRows, 1, T>(p, x);
     } else {
         all_rows<kType, kDigits, 4, kDigits == 1 ? 4 : 2, T>(p, x);
     }
+}
+
+template <WeightType kType, int kDigits, typename T, bool kZeros = false>
+void multiply_all(const QuantizedLinearParams& p) {
+    multiply_all<kType, kDigits, T, kZeros>(p, static_cast<const T*>(p.x), p.x_token_stride);
+}
+
+// x is rounded to e4m3 first.
+template <WeightType kType, int kDigits, typename T>
+void multiply_rounded(const QuantizedLinearParams& p) {
+    static thread_local std::vector<float> x;
+    round_x<T>(p, x);
+    multiply_all<kType, kDigits, T>(p, x.data(), p.in_size);
 }
 
 }  // namespace
@@ -330,7 +346,11 @@ void integer_linear_cpu(const QuantizedLinearParams& p) {
                     case Activation::int8_zeros: return multiply_all<WeightType::int8, 1, T, true>(p);
                     default: return multiply_all<WeightType::int8, kDigits, T>(p);
                 }
-            case WeightType::int4: return multiply_all<WeightType::int4, kDigits, T>(p);
+            case WeightType::int4:
+                switch (p.activation) {
+                    case Activation::e4m3_token: return multiply_rounded<WeightType::int4, kDigits, T>(p);
+                    default: return multiply_all<WeightType::int4, kDigits, T>(p);
+                }
             case WeightType::e2m1: return multiply_all<WeightType::e2m1, kDigits, T>(p);
             default: fail("a weight of this type is not a whole number: int8, int4 and e2m1 are");
         }

@@ -13,17 +13,26 @@ void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
     if (p.num_tokens == 0 || p.out_size == 0) {
         return;
     }
+    const bool is_e4m3 = takes_e4m3(p.format);
+    const int whole = is_e4m3 ? 16 : 8;
     const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.packed);
-    check(
-        address % 16 == 0 && (p.in_size | p.x_token_stride) % 8 == 0,
-        "weight_only_linear: x and packed must be aligned to 16 bytes, and in_size and the stride of x multiples of 8");
+    check(address % 16 == 0 && p.in_size % whole == 0 && p.x_token_stride % whole == 0,
+          "weight_only_linear: x and packed must be aligned to 16 bytes, and in_size and the stride of x multiples of ",
+          whole);
     check(p.tactic >= 0 && p.tactic <= kWeightOnlyTactics, "weight_only_linear: tactic is ", p.tactic,
           ", but there are 1 to ", kWeightOnlyTactics, ", and 0 chooses");
+    check(!is_e4m3 || (weight_only_sm90_runs() && (p.tactic == 0 || p.tactic > kWeightOnlyFewTactics)),
+          "weight_only_linear: weights for x in e4m3 are for Hopper GPUs (sm_90a), builds with its architecture, and "
+          "tactics from ",
+          kWeightOnlyFewTactics + 1, " on");
     const int tactic = p.tactic > 0 || !weight_only_sm90_runs() ? p.tactic : weight_only_sm90_tactic(p);
     if (tactic > kWeightOnlyFewTactics) {
         check(weight_only_sm90_runs(), "weight_only_linear: tactic is ", tactic, ", but those from ",
               kWeightOnlyFewTactics + 1, " on are for Hopper GPUs (sm_90a), and for builds with its architecture");
-        return weight_only_sm90(p, kWeightOnlyTiles[tactic - kWeightOnlyFewTactics - 1], stream);
+        const WeightOnlyTile& tile = kWeightOnlyTiles[tactic - kWeightOnlyFewTactics - 1];
+        check(has_weight_tile(p.format, tile.tokens), "weight_only_linear: tactic is ", tactic, ", tiles of ",
+              tile.tokens, " tokens, which this format has not");
+        return weight_only_sm90(p, tile, stream);
     }
     switch (p.format) {
         case PackedFormat::int4_g128:
@@ -39,7 +48,8 @@ void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
         // kernel, with x rounded to the same format, would be asked for here.
         case PackedFormat::nvfp4:
         case PackedFormat::mxfp4: return weight_only_fp4(p, stream);
-        default: fail("weight_only_linear: format ", static_cast<int>(p.format), " is none of 0 to 10");
+        default:
+            fail("weight_only_linear: format ", static_cast<int>(p.format), " is none of 0 to ", kNumPackedFormats - 1);
     }
 }
 

@@ -12,8 +12,12 @@
 //           k + 8; the bits are in weight_only_unpack.cuh
 //   8 bits: words 2 j and 2 j + 1 of piece u are that of k = 32 u + 8 t + 4 j: two pairs a word, in the bytes row g at
 //           k, row g + 8 at k, row g at k + 1, row g + 8 at k + 1; the second word begins at k + 2
-// Then the scales of the unit, relative to the rows' factors:
-//   int4:   for every group of 128 (64, 32) neighbours fp16 [8 of g][row g, row g + 8]; behind them all, with zero
+// int4_e4m3 is for wgmma of e4m3: its pieces lie in the order of the lanes, 16 lane, and word 2 s + h of piece u is
+// that of k = 64 u + 32 s + 16 h + 4 t: in byte i the neighbour k + i, of row g in the low half and of row g + 8 in the
+// high one. A weight w of -8 to 7 is 2 w, or where that is negative -2 w - 1: bit 0 is the sign. Then the scales of the
+// unit, relative to the rows' factors:
+//   int4, int4_e4m3: for every group of 128 (64, 32) neighbours fp16 [8 of g][row g, row g + 8]; behind them all, with
+//   zero
 //           points, for every group uint8 [8][2] in the same order
 //   e4m3_block: fp32, one for the unit, and 12 bytes unused
 //   nvfp4:  a byte for every block of 16: [2 of 64 neighbours][8 of g][4 of 16 neighbours][row g, row g + 8]
@@ -40,6 +44,9 @@ constexpr int unit_bytes(PackedFormat format) {
         case PackedFormat::e4m3_block: return 2048 + 16;
         case PackedFormat::nvfp4: return 1024 + 128;
         case PackedFormat::mxfp4: return 1024 + 64;
+        case PackedFormat::int4_e4m3_g128: return 1024 + 32;
+        case PackedFormat::int4_e4m3_g64: return 1024 + 64;
+        case PackedFormat::int4_e4m3_g32: return 1024 + 128;
     }
     return 0;
 }

@@ -37,7 +37,7 @@ FK_HOST_DEVICE InOrder in_order(int lane, bool is_int4) {
 
 // What a lane has read of 64 neighbours of a unit.
 struct Half {
-    uint32_t words[8], scales[2];
+    uint32_t words[8], scales[2], factors[2];
 };
 
 template <typename Word>

@@ -60,7 +60,12 @@ void launch_format(const WeightOnlyTileArgs& args, int tokens, void* stream) {
         case PackedFormat::e4m3_block: return weight_only_sm90_byte(args, tokens, stream);
         case PackedFormat::nvfp4:
         case PackedFormat::mxfp4: return weight_only_sm90_fp4(args, tokens, stream);
-        default: fail("weight_only_linear: format ", static_cast<int>(args.p.format), " is none of 0 to 10");
+        case PackedFormat::int4_e4m3_g128:
+        case PackedFormat::int4_e4m3_g64:
+        case PackedFormat::int4_e4m3_g32: return weight_only_sm90_int4_e4m3(args, tokens, stream);
+        default:
+            fail("weight_only_linear: format ", static_cast<int>(args.p.format), " is none of 0 to ",
+                 kNumPackedFormats - 1);
     }
 }
 
@@ -75,24 +80,27 @@ bool weight_only_sm90_runs() {
     return compute_capability() == 90 && built;
 }
 
-// By timings of int4 on an H200 (docs/kernels/gemm.md): a chunk of a tile, and what it costs to share tiles.
+// By timings of int4 and int4_e4m3 on an H200 (docs/kernels/gemm.md): a chunk of a tile, and what it costs to share
+// tiles.
 int weight_only_sm90_tactic(const WeightOnlyParams& p) {
     const int sms = num_sms();
     // Up to 8 tokens the other kernel is faster; up to 16 where there are no whole rounds.
-    if (p.num_tokens <= 8 || (p.num_tokens <= 16 && p.out_size < int64_t{kWeightTileRows} * sms)) {
+    const bool few = p.num_tokens <= 8 || (p.num_tokens <= 16 && p.out_size < int64_t{kWeightTileRows} * sms);
+    if (few && !takes_e4m3(p.format)) {
         return 0;
     }
     int best = 0;
     double least = 0;
     for (int i = 0; i < kNumWeightOnlyTiles; ++i) {
         const WeightOnlyTile& tile = kWeightOnlyTiles[i];
-        if (tile.tokens < 128 && tile.tokens < p.num_tokens) {
+        const bool too_few = tile.tokens < 128 && tile.tokens < p.num_tokens;
+        if (too_few || (tile.tokens == 256 && p.num_tokens <= 128) || !has_weight_tile(p.format, tile.tokens)) {
             continue;
         }
         const Rounds rounds = rounds_of(p, tile, sms);
         const double chunks = static_cast<double>(ceil_div(p.in_size, kUnitSize));
-        const double chunk_us = 0.38 + 0.0032 * tile.tokens;
-        const double share_us = rounds.cluster == 1 ? 0.5 : rounds.cluster == 2 ? 2.7 : 5.2;
+        const double chunk_us = takes_e4m3(p.format) ? 0.26 + 0.0023 * tile.tokens : 0.38 + 0.0032 * tile.tokens;
+        const double share_us = rounds.cluster == 1 ? 0.5 : (rounds.cluster == 2 ? 2.0 : 4.5) + 0.025 * tile.tokens;
         const double us = rounds.in_time * chunks * chunk_us + share_us;
         if (best == 0 || us < least) {
             best = kWeightOnlyFewTactics + 1 + i;
@@ -104,16 +112,20 @@ int weight_only_sm90_tactic(const WeightOnlyParams& p) {
 
 void weight_only_sm90(const WeightOnlyParams& p, const WeightOnlyTile& tile, void* stream) {
     const Rounds rounds = rounds_of(p, tile, num_sms());
+    const bool is_e4m3 = takes_e4m3(p.format);
+    const int size = is_e4m3 ? 1 : 2;
     // The driver wants whole 16 bytes of a stride that is never used too.
-    const int64_t x_stride = p.num_tokens > 1 ? p.x_token_stride : ceil_div(p.in_size, 8) * 8;
-    const auto type = p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const int64_t row_bytes = ceil_div(p.in_size * size, 16) * 16;
+    const auto type = is_e4m3                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                      : p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const WeightOnlyTileArgs args{
         .x_map = encode(TensorMap2d{.address = p.x,
                                     .type = type,
-                                    .element_bytes = 2,
+                                    .element_bytes = size,
                                     .rows = p.num_tokens,
                                     .columns = p.in_size,
-                                    .row_stride_bytes = x_stride * 2,
+                                    .row_stride_bytes = p.num_tokens > 1 ? p.x_token_stride * size : row_bytes,
                                     .box_rows = tile.tokens}),
         .p = p,
         .row_tiles = static_cast<int>(rounds.row_tiles),

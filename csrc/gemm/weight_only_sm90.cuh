@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(WeightTileShape<F, kN>::kThreads, 1)
         take_registers<Shape::kConsumerRegisters>();
         pdl_wait();
         const int lane = threadIdx.x % 32;
-        InOrder order = in_order(lane, F::kIsInt4);
+        InOrder order = order_of<F>(lane);
         wgmma_hold(order.piece);  // or the compiler works it out anew for every chunk
         WeightTileConsumer<T, F, kN>{
             args,  shared, (warpgroup - 1) / 2, (warpgroup - 1) % 2, static_cast<int>(threadIdx.x / 32 % 4), lane,
@@ -91,7 +91,14 @@ void run_weight_only_sm90(const WeightOnlyTileArgs& args, int tokens, void* stre
         case 32: return launch_weight_only_sm90<T, F, 32>(args, stream);
         case 64: return launch_weight_only_sm90<T, F, 64>(args, stream);
         case 128: return launch_weight_only_sm90<T, F, 128>(args, stream);
-        default: fail("weight_only_linear: there are no tiles of ", tokens, " tokens, only of 16, 32, 64 and 128");
+        case 256:
+            if constexpr (kHasWideTile<F>) {
+                return launch_weight_only_sm90<T, WideFormat<F>, 256>(args, stream);
+            }
+            [[fallthrough]];
+        default:
+            fail("weight_only_linear: there are no tiles of ", tokens,
+                 " tokens, only of 16, 32, 64, 128 and, of most formats of 4 bits, 256");
     }
 }
 

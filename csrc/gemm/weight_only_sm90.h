@@ -14,13 +14,26 @@ struct WeightOnlyTile {
 };
 inline constexpr int kWeightTileRows = 128;
 inline constexpr WeightOnlyTile kWeightOnlyTiles[] = {
-    {16, 1}, {16, 2}, {16, 3}, {32, 1}, {32, 2}, {32, 3}, {64, 1}, {64, 2}, {64, 3}, {128, 1}, {128, 2}, {128, 3},
+    {16, 1}, {16, 2},  {16, 3},  {32, 1},  {32, 2},  {32, 3},  {64, 1},  {64, 2},
+    {64, 3}, {128, 1}, {128, 2}, {128, 3}, {256, 1}, {256, 2}, {256, 3},
 };
 inline constexpr int kNumWeightOnlyTiles = sizeof(kWeightOnlyTiles) / sizeof(kWeightOnlyTiles[0]);
 static_assert(kWeightOnlyTactics == kWeightOnlyFewTactics + kNumWeightOnlyTiles);
 
+// Tiles of 256 tokens leave no room for weights of 8 bits, nor registers for the scales of groups below 128 of e4m3.
+constexpr bool has_weight_tile(PackedFormat format, int tokens) {
+    switch (format) {
+        case PackedFormat::int8:
+        case PackedFormat::e4m3:
+        case PackedFormat::e4m3_block:
+        case PackedFormat::int4_e4m3_g64:
+        case PackedFormat::int4_e4m3_g32: return tokens <= 128;
+        default: return true;
+    }
+}
+
 struct WeightOnlyTileArgs {
-    CUtensorMap x_map;  // [num_tokens, in_size] in boxes of 64 elements and a tile's tokens
+    CUtensorMap x_map;  // [num_tokens, in_size] in boxes of 128 bytes and a tile's tokens
     WeightOnlyParams p;
     int row_tiles, token_tiles;
     int whole_tiles;  // the first, which blocks take in turn; the others are the clusters', one each
@@ -38,5 +51,6 @@ void weight_only_sm90_int4(const WeightOnlyTileArgs& args, int tokens, void* str
 void weight_only_sm90_int4_zeros(const WeightOnlyTileArgs& args, int tokens, void* stream);
 void weight_only_sm90_byte(const WeightOnlyTileArgs& args, int tokens, void* stream);
 void weight_only_sm90_fp4(const WeightOnlyTileArgs& args, int tokens, void* stream);
+void weight_only_sm90_int4_e4m3(const WeightOnlyTileArgs& args, int tokens, void* stream);
 
 }  // namespace fastkernels

@@ -9,8 +9,8 @@
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/tma.cuh"
-#include "gemm/weight_only_formats.cuh"
 #include "gemm/weight_only_sm90.h"
+#include "gemm/weight_only_sm90_formats.cuh"
 
 namespace fastkernels {
 namespace {
@@ -22,24 +22,31 @@ struct WeightTileShape {
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kUnits = kWeightTileRows / kUnitRows;
     static constexpr int kUnitBytes = F::kPieces * 512 + F::kScaleBytes;
-    static constexpr int kPanelBytes = kN * 128;  // 64 elements of each token
-    static constexpr int kXBytes = 2 * kPanelBytes, kWeightBytes = kUnits * kUnitBytes;
-    static constexpr int kOutBytes = 16 * 128;  // 16 tokens, 64 rows; two in turn for each warpgroup
+    static constexpr int kPanels = kTakesE4m3<F> ? 1 : 2;
+    static constexpr int kPanelSize = kUnitSize / kPanels, kPanelBytes = kN * 128;  // elements of each token
+    static constexpr int kXBytes = kPanels * kPanelBytes, kWeightBytes = kUnits * kUnitBytes;
+    static constexpr int kScales = kTakesE4m3<F> ? kN : 4;
     static constexpr int kMeetBytes = kTeams == 2 ? kN * kWeightTileRows * 4 : 16;  // the second team's sums
     static constexpr int kMostBytes = 227 * 1024;
-    static constexpr int kSlots =
-        std::min(16, (kMostBytes - 2048 - 4 * kOutBytes - kMeetBytes) / (kXBytes + kWeightBytes));
+    static constexpr int slots(int out_units) {
+        const int rest = 512 + 8 * out_units * kOutBytes + 2 * kScales * 4 + kMeetBytes;
+        return std::min(16, (kMostBytes - rest) / (kXBytes + kWeightBytes));
+    }
+    static constexpr int kOutBytes = 16 * 32;  // 16 tokens, a warp's 16 rows; so many times in each warp's hands:
+    static constexpr int kOutUnits = kN == 16 ? 1 : kN == 32 || slots(4) < 3 ? (slots(2) < 3 ? 1 : 2) : 4;
+    static constexpr int kSlots = slots(kOutUnits);
     // A block has what it is launched with, the same for all threads, in eights.
-    static constexpr int kProducerRegisters = kTeams == 2 ? 64 : 56, kConsumerRegisters = kTeams == 2 ? 104 : 224;
+    static constexpr int kProducerRegisters = kTeams == 2 ? 64 : 40, kConsumerRegisters = kTeams == 2 ? 104 : 232;
     static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                   (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 };
 
 template <typename Shape>
 struct WeightTileShared {
-    alignas(1024) unsigned char x[Shape::kSlots][Shape::kXBytes];  // two panels
-    alignas(1024) unsigned char out[2][2][Shape::kOutBytes];
+    alignas(1024) unsigned char x[Shape::kSlots][Shape::kXBytes];
+    alignas(16) unsigned char out[8][Shape::kOutUnits][Shape::kOutBytes];  // of the first team's warps
     alignas(16) unsigned char meet[Shape::kMeetBytes];
+    alignas(16) float x_scales[2][Shape::kScales];  // of a tile's tokens, for each warpgroup
     alignas(16) char weight[Shape::kSlots][Shape::kWeightBytes];
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];
 };
@@ -137,10 +144,10 @@ __device__ __forceinline__ void produce_weight_tiles(const WeightOnlyTileArgs& a
         }
     };
     const auto load_x = [&](int slot, int token_tile, int chunk) {
-        if (warp >= 2) {
+        if (warp >= Shape::kPanels) {
             return;
         }
-        const int k = chunk * kUnitSize + warp * 64;
+        const int k = chunk * kUnitSize + warp * Shape::kPanelSize;
         const uint32_t full = shared_address(&shared.full[slot]);
         const uint32_t to = shared_address(shared.x[slot]) + warp * Shape::kPanelBytes;
         tma_load(to, args.x_map, k, token_tile * kN, full, kEvictNormal);

@@ -233,7 +233,7 @@ ARGS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str, set[str | None
         {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
         {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
         "pack-quantized",
-        {"int4"},
+        {"int4-fp8"},
         4,
     ),
     "nvfp4": (

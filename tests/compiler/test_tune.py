@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,17 +163,21 @@ def test_tactics_by_name():
 
 
 def test_tactics_of_repacked_weights():
-    def numbers(num_tokens: int, capability: tuple[int, int]) -> list[int | None]:
-        return [tactic.number for tactic in tactics_of(INT4, num_tokens, capability)]
+    def numbers(num_tokens: int, capability: tuple[int, int], weight: str = INT4.weight) -> list[int | None]:
+        product = replace(INT4, weight=weight)
+        return [tactic.number for tactic in tactics_of(product, num_tokens, capability)]
 
     few, tiles = [0, 1, 2], list(range(3, ops.WEIGHT_ONLY_TACTICS + 1))  # 0: the rule's
-    assert [tokens for tokens, _ in ops.WEIGHT_ONLY_TILES[::3]] == [16, 32, 64, 128]
+    assert [tokens for tokens, _ in ops.WEIGHT_ONLY_TILES[::3]] == [16, 32, 64, 128, 256]
     assert numbers(8, AMPERE) == numbers(8192, AMPERE) == few[1:2]
     assert numbers(8, (10, 0)) == few, "tiles are for Hopper"
     assert numbers(16, HOPPER) == few + tiles[:3]
     assert numbers(24, HOPPER) == few + tiles[3:6]
     assert numbers(48, HOPPER) == [0, *tiles[6:9]]
-    assert numbers(128, HOPPER) == numbers(8192, HOPPER) == [0, *tiles[9:]]
+    assert numbers(128, HOPPER) == [0, *tiles[9:12]]
+    assert numbers(129, HOPPER) == numbers(8192, HOPPER) == [0, *tiles[9:]]
+    assert numbers(8192, HOPPER, "int8") == numbers(8192, HOPPER, "int4-e4m3-g64") == [0, *tiles[9:12]]
+    assert numbers(1, HOPPER, "int4-e4m3-g128") == [0, *tiles[:3]]
 
 
 def test_products_of_a_plan():
@@ -191,6 +196,8 @@ def test_products_of_a_plan():
     assert fp8 == dict(
         zip([*expected, f"quantized_linear int4-g32-zeros bf16 {shapes[4]}"], rows, strict=True)
     )
+    int4_fp8 = names(quantization="int4-fp8@cuda", head_quantization="int4-fp8@cuda")
+    assert list(int4_fp8) == [f"quantized_linear int4-e4m3-g128 bf16 {shape}" for shape in shapes]
     assert next(iter(names(quantization="fp8-block@cuda"))) == "matmul e4m3-block bf16 6144x4096"
 
 

@@ -36,6 +36,9 @@ SCHEMES: dict[str, tuple[str, int | None, int, torch.dtype, bool, str | None]] =
     "int4-g64": ("int4", 64, 1, torch.bfloat16, False, None),
     "int4-g128": ("int4", 128, 1, torch.bfloat16, False, None),
     "int4-g128-zeros": ("int4", 128, 1, torch.bfloat16, True, None),
+    "int4-g128-e4m3": ("int4", 128, 1, torch.bfloat16, False, "e4m3"),
+    "int4-g32-e4m3": ("int4", 32, 1, torch.float16, False, "e4m3"),
+    "int4-channel-zeros-e4m3": ("int4", None, 1, torch.bfloat16, True, "e4m3"),
     "nvfp4": ("e2m1", 16, 1, torch.float8_e4m3fn, False, None),
     "mxfp4": ("e2m1", 32, 1, torch.uint8, False, None),
     "fp8": ("e4m3", None, 1, torch.float32, False, "e4m3"),
@@ -269,7 +272,7 @@ def test_refuses_what_it_does_not_take():
             ops.quantized_linear(**{**given, **changes})
 
     refused("weight_type is 'int3', but the op takes int8, int4, e2m1, e4m3", weight_type="int3")
-    refused("activation is 'int8', but with int4 weights the op takes None", activation="int8")
+    refused("activation is 'int8', but with int4 weights the op takes None, 'e4m3'", activation="int8")
     refused("x is float64, but the op takes bf16, fp16, fp32", x=given["x"].double())
     refused(r"x has shape \[256\], but the op takes \[num_tokens, in_size\]", x=given["x"][0])
     refused("in_size is 255; with 4 bits it must be even", x=given["x"][:, :255])

@@ -9,7 +9,7 @@ import torch
 
 from fastkernels import ops
 from fastkernels.ops import reference
-from fastkernels.ops.weight_only import packed_shape
+from fastkernels.ops.weight_only import has_tile, packed_shape
 from tests.conftest import CUDA_REASON
 from tests.ops.test_quantized_linear import SCHEMES, Schemes
 from tests.ops.test_quantized_linear import operands as operands_of
@@ -65,6 +65,11 @@ def operands(scheme: str, num_tokens: int, out_size: int, in_size: int, dtype: t
 def repack(given: dict[str, Any]) -> ops.RepackedWeight:
     names = ("weight", "scales", "weight_type", "block", "zeros", "global_scale")
     return ops.repack_for_cuda(**{name: given[name] for name in names if name in given})
+
+
+def has_tactic(name: str, tactic: int) -> bool:
+    number = tactic - ops.WEIGHT_ONLY_FEW_TACTICS - 1
+    return number < 0 or has_tile(name, ops.WEIGHT_ONLY_TILES[number][0])
 
 
 def takes(name: str, in_size: int) -> bool:
@@ -256,16 +261,23 @@ def test_matches_reference(name, dtype):
 def test_every_tactic(name, tactic):
     if tactic > ops.WEIGHT_ONLY_FEW_TACTICS and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this kernel is for Hopper")
+    if not has_tactic(name, tactic):
+        weight = repack(moved(operands(FORMATS[name], 1, 16, 128, torch.bfloat16)))
+        with pytest.raises(
+            (ValueError, RuntimeError), match=f"tactic is {tactic}, tiles of 256 tokens, which"
+        ):
+            ops.weight_only_linear(torch.ones(1, 128, device="cuda").bfloat16(), weight, tactic=tactic)
+        return
     for out_size, in_size in (SIZES[3], MANY_ROWS, SIZES[0]):
         if takes(name, in_size):
-            check(name, (1, 8, 13, 33, 129), out_size, in_size, torch.bfloat16, tactic)
+            check(name, (1, 8, 13, 33, 129, 257), out_size, in_size, torch.bfloat16, tactic)
 
 
 @on_hopper
-@pytest.mark.parametrize("tactic", [3, 12, 13])
+@pytest.mark.parametrize("tactic", [3, 12, 13, 15, 16])
 def test_whole_rounds_and_what_is_left(tactic):
     """More tiles than SMs, so that a block takes several; the last are shared by clusters (tactic 13)."""
-    check("int4-g128", (600,), 4000, 256, torch.float16, tactic)
+    check("int4-g128", (600 if tactic < 15 else 1300,), 4000, 256, torch.float16, tactic)
 
 
 @on_cuda
@@ -285,7 +297,7 @@ def test_a_token_does_not_depend_on_the_others(name):
             for first, last in parts:
                 some = ops.weight_only_linear(given["x"][first:last], weight, tactic=tactic)
                 assert torch.equal(some, together[first:last])
-    for tactic in (4, 14) if hopper else ():
+    for tactic in (4, 14, *((17,) if has_tactic(name, 17) else ())) if hopper else ():
         together = ops.weight_only_linear(given["x"], weight, tactic=tactic)
         for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
             some = ops.weight_only_linear(given["x"][first:last], weight, tactic=tactic)
@@ -309,7 +321,7 @@ def test_every_code(name):
 
 @on_cuda
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("num_tokens", [9, 70])
+@pytest.mark.parametrize("num_tokens", [9, 70, 300])
 def test_nan_and_strided_operands(name, num_tokens):
     given = moved(operands(FORMATS[name], num_tokens, 40, 256, torch.bfloat16))
     weight = repack(given)
@@ -422,7 +434,7 @@ def test_graph_and_compile():
     assert torch.equal(out, expected)
     torch.library.opcheck(
         torch.ops.fastkernels.weight_only_linear.default,
-        (x, weight.packed, weight.row_factors, None, 0, 0, False, out),
+        (x, None, weight.packed, weight.row_factors, None, 0, 0, False, out),
     )
 
 
@@ -437,7 +449,7 @@ def test_refuses_what_it_does_not_take():
 
     refused("x is fp32, but the op takes bf16, fp16", x=x.float())
     refused(r"x has shape \[3, 128\], but the op takes \[num_tokens, 256\]", x=x[:, :128])
-    refused("tactic is 15, but there are 1 to 14, and 0 chooses", tactic=15)
+    refused("tactic is 18, but there are 1 to 17, and 0 chooses", tactic=18)
     refused(r"bias has shape \[23\]", bias=torch.zeros(23, device="cuda").bfloat16())
     refused("out is fp32", out=torch.empty(3, 24, device="cuda"))
     with pytest.raises((ValueError, RuntimeError), match="x and packed must be aligned to 16 bytes"):

@@ -67,6 +67,15 @@ STEPS = {
         "quantized_linear",
         lambda n: [((n, IN), BF16), ((OUT // 16, IN // 128, 1056), torch.uint8), ((OUT,), torch.float32)],
     ),
+    "int4-fp8@cuda": (
+        "quantized_linear",
+        lambda n: [
+            ((n, IN), torch.float8_e4m3fn),
+            ((n,), torch.float32),
+            ((OUT // 16, IN // 128, 1056), torch.uint8),
+            ((OUT,), torch.float32),
+        ],
+    ),
 }
 PRODUCT_OF = {
     None: Product("linear", "bf16", BF16, OUT, IN),
@@ -74,6 +83,7 @@ PRODUCT_OF = {
     "int8-zeros@cuda": Product("matmul", "int8-zeros", BF16, OUT, IN),
     "fp8-block@cuda": Product("matmul", "e4m3-block", BF16, OUT, IN),
     "int4@cuda": Product("quantized_linear", "int4-g128", BF16, OUT, IN),
+    "int4-fp8@cuda": Product("quantized_linear", "int4-e4m3-g128", BF16, OUT, IN),
 }
 
 
@@ -132,7 +142,7 @@ def test_by_choice():
     assert bound.func is _fk.matmul.default and bound.args[8:10] == (11, workspace)
     assert bound.args[:7] == (*inputs, *(None,) * 5)
     assert call(None, 3, only(linear, 4, TORCH))[0].func is _aten.mm.out
-    assert call("int4@cuda", 3, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[5] == 2
+    assert call("int4@cuda", 3, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[6] == 2
     assert call("int4@cuda", 5, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[5] == 0
     assert call(None, 40, only(linear, 64, Tactic("matmul", 11)))[0].func is _aten.mm.out, "another bucket"
 

@@ -91,7 +91,10 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
         outputs = llm.generate(PROMPTS, params)
         alone = llm.generate(PROMPTS[0], params)[0]
         for output in outputs:
-            assert output.token_ids == greedy(model, output.prompt_token_ids)
+            if name == "int4-fp8":  # the demo model hesitates here, and see below
+                assert_nearly_greedy(model, output.prompt_token_ids, output.token_ids)
+            else:
+                assert output.token_ids == greedy(model, output.prompt_token_ids)
         assert alone.token_ids == outputs[0].token_ids
         logits = llm.logits(outputs[0].prompt_token_ids)
     with torch.inference_mode():
@@ -100,6 +103,15 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(demo, name, head):
     # Where activations are rounded, sums in another order move some of them by a step.
     limit = 2e-4 if find_scheme(name).activation is None else 2e-2
     assert (logits - exact).abs().max() <= limit * exact.abs().max()
+
+
+def assert_nearly_greedy(model: nn.Module, prompt: list[int], token_ids: list[int]) -> None:
+    """Every token is one that the model holds for as good as its best, within what rounding moves logits."""
+    ids = torch.tensor(prompt + token_ids[:-1])
+    with torch.inference_mode():
+        logits = model(ids, torch.arange(len(ids)))[len(prompt) - 1 :]
+    chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+    assert (logits.amax(1) - chosen).max() <= 2e-2 * logits.abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -261,7 +273,7 @@ def test_what_cuda_does_not_take():
 
 @pytest.mark.parametrize("head", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8", "int4-fp8"])
 def test_rounded_activations_give_the_cpus_logits(demo, name, dtype, head, device):
     """One sequence in steps of many tokens, and of 1, 3 and 17; against the CPU's engine in fp32."""
     ids = list(range(40, 100))
@@ -275,7 +287,7 @@ def test_rounded_activations_give_the_cpus_logits(demo, name, dtype, head, devic
         assert (logits - exact).norm() <= 0.03 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8", "int4-fp8"])
 def test_rounded_activations_decode_as_they_prefill(demo, name, device):
     """Tokens that decode steps chose, in graphs on a GPU, are (nearly) those that a prefill would."""
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
@@ -311,6 +323,23 @@ def test_a_plan_that_rounds_activations_for_a_gpu(demo, name):
     expected = find_scheme(name).quantize(merged)["packed"]
     found = weights["model.layers.3.self_attn.qkv_proj.weight.packed"]
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), "not interleaved"
+
+
+def test_a_plan_of_int4_with_rounded_activations_for_a_gpu(demo):
+    """Bytes and their scales go to the product with repacked weights; norms and silu_mul leave them."""
+    one = replace(demo.config, num_layers=1, sliding_window=())
+    plan = compile_model(one, quantization="int4-fp8@cuda")
+    found = Counter(step.op for step in plan.steps)
+    assert found["quantized_linear"] == 4 and found["quantize"] == 1, "o's, behind attention"
+    assert found["silu_mul_quant"] == 1 and found["rms_norm_quant"] + found["add_rms_norm_quant"] == 2
+    step = next(step for step in plan.steps if step.op == "quantized_linear")
+    bytes_, scales, packed, factors = step.inputs
+    assert [plan.buffers[name].dtype for name in (bytes_, scales)] == ["float8_e4m3fn", "float32"]
+    assert packed.endswith("qkv_proj.weight.packed") and factors.endswith("qkv_proj.weight.row_factors")
+    weights = load_weights(plan, demo, device="cpu", dtype=torch.bfloat16)
+    merged = torch.cat([demo.tensor(f"model.layers.0.self_attn.{part}_proj.weight") for part in "qkv"])
+    expected = find_scheme("int4-fp8@cuda").quantize(merged)["packed"]
+    assert torch.equal(weights["model.layers.0.self_attn.qkv_proj.weight.packed"], expected)
 
 
 def count_ops(plan: Plan) -> dict[str, int]:
@@ -374,7 +403,7 @@ def test_the_gpus_plan_gives_the_cpus_logits(demo, name, disabled, monkeypatch):
 
 
 def test_a_gpus_plan_does_not_run_on_the_cpu():
-    for name in ("fp8@cuda", "int4@cuda"):
+    for name in ("fp8@cuda", "int4@cuda", "int4-fp8@cuda"):
         with (
             LLM("demo", device="cpu", max_num_seqs=1, quantization=name) as llm,
             pytest.raises(CompileError, match=f"the plan holds {name}, whose products are for GPUs"),
@@ -391,6 +420,10 @@ def test_schemes_by_compute_capability(demo, monkeypatch):
             match=r"quantised weights are for GPUs of compute capability 8\.0 and later; this one has 7\.5",
         ):
             on_cuda(name, (7, 5))
+    assert on_cuda("int4-g64-fp8", (9, 0)) == "int4-g64-fp8@cuda"
+    for capability in ((8, 9), (10, 0)):
+        with pytest.raises(QuantizationError, match=r"int4-fp8 is for Hopper GPUs.*there is int4, the same"):
+            on_cuda("int4-fp8", capability)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     options = EngineConfig(quantization="int4", head_quantization="fp8")
     with pytest.raises(QuantizationError, match=r"this one has 7\.0"):
@@ -417,7 +450,18 @@ def test_sizes_that_the_gpus_products_do_not_take(demo):
 
 
 @pytest.mark.parametrize(
-    "name", ["int8-weight", "int4", "int4-zeros", "nvfp4", "mxfp4", "fp8-weight", "fp8-block-weight"]
+    "name",
+    [
+        "int8-weight",
+        "int4",
+        "int4-zeros",
+        "int4-fp8",
+        "int4-channel-fp8",
+        "nvfp4",
+        "mxfp4",
+        "fp8-weight",
+        "fp8-block-weight",
+    ],
 )
 def test_weights_in_the_layout_of_cuda_take_the_bytes_that_the_plan_says(demo, name):
     plan = compile_model(demo.config, quantization=f"{name}@cuda")

@@ -127,12 +127,21 @@ enum class PackedFormat : int8_t {
     e4m3_block,
     nvfp4,
     mxfp4,
+    int4_e4m3_g128,  // for x in e4m3, on Hopper; the others are for x as it is
+    int4_e4m3_g64,
+    int4_e4m3_g32,
 };
-inline constexpr int kNumPackedFormats = 11;
+inline constexpr int kNumPackedFormats = 14;
 
-// out = x W^T + bias for any number of tokens, x as it is.
+// Whether a format's products take x in e4m3 with a scale a token.
+constexpr bool takes_e4m3(PackedFormat format) {
+    return format >= PackedFormat::int4_e4m3_g128;
+}
+
+// out = x W^T + bias for any number of tokens, x as it is or, by the format, in e4m3.
 struct WeightOnlyParams {
     const void* x;             // [num_tokens, in_size], last dimension contiguous, rows aligned to 16 bytes
+    const float* x_scales;     // of e4m3: [num_tokens]; else null
     const uint8_t* packed;     // the units of gemm/weight_only.h
     const float* row_factors;  // [out_size]: what a row's sum is multiplied by
     const void* bias;          // [out_size], or null
@@ -142,13 +151,13 @@ struct WeightOnlyParams {
     PackedFormat format;
     int tactic;            // 0: chosen by shape; else one of 1 to kWeightOnlyTactics
     bool constant_weight;  // no kernel before this one in its stream writes packed: it may be read early
-    DType dtype;
+    DType dtype;           // of bias and out, and of x where that is not e4m3
 };
 
 // The first tactics are how many blocks share K, as a cluster, in the kernel for few tokens; the others, Hopper's, are
 // the tiles of gemm/weight_only_sm90.h.
 inline constexpr int kWeightOnlyFewTactics = 2;
-inline constexpr int kWeightOnlyTactics = 14;
+inline constexpr int kWeightOnlyTactics = 17;
 
 int64_t packed_bytes(PackedFormat format, int64_t out_size, int64_t in_size);
 void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream);

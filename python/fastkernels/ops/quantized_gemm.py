@@ -37,7 +37,7 @@ _STORED = {
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8)
 _TAKES = {
     "int8": (None, "int8", "int8-zeros"),
-    "int4": (None,),
+    "int4": (None, "e4m3"),
     "e2m1": (None,),
     "e4m3": (None, "e4m3", "e4m3-block", "e5m2"),
 }
@@ -90,7 +90,8 @@ def quantized_linear(
     zeros:  "int4": uint8 of the shape of scales, or None: all 8
     global_scale: fp32 [1], or None: 1
     activation: what x is rounded to before: nothing, or, as `quantize` does it, "int8" per token (with int8
-            weights), "e4m3" or "e5m2" per token or "e4m3-block" per 128 neighbours (with e4m3 weights), or,
+            weights), "e4m3" or "e5m2" per token or "e4m3-block" per 128 neighbours (with e4m3 weights; "e4m3"
+            with int4 weights too), or,
             as `quantize_zeros` does it, "int8-zeros" (with int8 weights, and an in_size up to 65536)
     weight_sums: int32 [out_size], contiguous: with "int8-zeros", ``row_sums`` of weight; computed when None,
             which reads all of weight, and not of interleaved rows
@@ -107,8 +108,8 @@ def quantized_linear(
     are for Hopper GPUs; of them 0 to 3 add up fp8 with about 14 bits, the others, and -1, at most
     1024 neighbours at a time. A token's result may depend on how many others there are.
     Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
-    With activation None on CUDA weights are repacked at every call, which takes far longer than the
-    product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
+    With activation None, or int4 weights, on CUDA weights are repacked at every call, which takes far longer
+    than the product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
     Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, matmul_sm80.cuh, weight_only.cuh
     """
     op = "quantized_linear"
@@ -148,12 +149,20 @@ def quantized_linear(
     check_device(op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias)
     check_device(op, x=x, weight_sums=weight_sums, out=out)
     require(not (x.is_cuda and interleaved), f"{op} on CUDA: interleaved rows are for the CPU")
-    if x.is_cuda and activation is None:
+    if x.is_cuda and (activation is None or weight_type == "int4"):
         check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
         repacked = repack_for_cuda(
-            weight, scales, weight_type=weight_type, block=block, zeros=zeros, global_scale=global_scale
+            *(weight, scales),
+            weight_type=weight_type,
+            block=block,
+            zeros=zeros,
+            global_scale=global_scale,
+            activation=activation,
         )
-        return weight_only_linear(x, repacked, bias, out=out)
+        x_scales = None
+        if activation is not None:
+            x, x_scales = round_to(x, activation)
+        return weight_only_linear(x, repacked, bias, x_scales=x_scales, out=out)
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros, weight_sums=weight_sums)
     require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")

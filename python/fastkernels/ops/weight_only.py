@@ -34,10 +34,13 @@ PACKED_FORMATS: dict[str, int] = {
     "e4m3-block": 16,
     "nvfp4": 128,
     "mxfp4": 64,
+    "int4-e4m3-g128": 32,
+    "int4-e4m3-g64": 64,
+    "int4-e4m3-g32": 128,
 }
 # Tokens of a tile, and blocks that share what is no whole round: the tactics of the kernel for more tokens,
 # after those of the one for few, in the order of kWeightOnlyTiles in csrc/gemm/weight_only_sm90.h
-WEIGHT_ONLY_TILES = tuple((tokens, blocks) for tokens in (16, 32, 64, 128) for blocks in (1, 2, 3))
+WEIGHT_ONLY_TILES = tuple((tokens, blocks) for tokens in (16, 32, 64, 128, 256) for blocks in (1, 2, 3))
 WEIGHT_ONLY_FEW_TACTICS = 2
 WEIGHT_ONLY_TACTICS = WEIGHT_ONLY_FEW_TACTICS + len(WEIGHT_ONLY_TILES)
 ROWS, SIZE = 16, 128  # of a unit
@@ -69,19 +72,39 @@ def unit_bytes(packed_format: str) -> int:
     return data + PACKED_FORMATS[packed_format]
 
 
+def takes_e4m3(packed_format: str) -> bool:
+    """Whether the products of a format take x in e4m3 with a scale a token."""
+    return packed_format.startswith("int4-e4m3")
+
+
+def has_tile(packed_format: str, tokens: int) -> bool:
+    """As has_weight_tile of csrc/gemm/weight_only_sm90.h: whether there are tiles of so many tokens."""
+    return tokens <= 128 or not packed_format.startswith(("int8", "e4m3", "int4-e4m3-g64", "int4-e4m3-g32"))
+
+
 def packed_shape(packed_format: str, out_size: int, in_size: int) -> tuple[int, int, int]:
     return -(-out_size // ROWS), -(-in_size // SIZE), unit_bytes(packed_format)
 
 
 def packed_format_of(
-    weight_type: str, block: tuple[int, int], in_size: int, has_zeros: bool, scale_dtype: torch.dtype
+    weight_type: str,
+    block: tuple[int, int],
+    in_size: int,
+    has_zeros: bool,
+    scale_dtype: torch.dtype,
+    activation: str | None = None,
 ) -> str:
     """The layout for a weight that ``quantized_linear`` takes. Raises ValueError for one that has none."""
     op, (rows, size) = "repack_for_cuda", block
     whole = rows == 1 and size >= in_size
+    if activation is not None and (activation != "e4m3" or weight_type != "int4" or has_zeros):
+        raise ValueError(
+            f"{op}: weight is {weight_type}{' with zeros' if has_zeros else ''} for activations in "
+            f"{activation}, but the op takes int4 without zeros for e4m3"
+        )
     if weight_type == "int4" and (whole or (rows == 1 and (size in (32, 64) or size % 128 == 0))):
         group = 128 if whole else min(size, 128)
-        return f"int4-g{group}{'-zeros' if has_zeros else ''}"
+        return f"int4-{'e4m3-' if activation else ''}g{group}{'-zeros' if has_zeros else ''}"
     if weight_type == "int8" and whole:
         return "int8"
     if weight_type == "e4m3" and whole:
@@ -108,10 +131,12 @@ def repack_for_cuda(
     block: tuple[int, int] | None = None,
     zeros: Tensor | None = None,
     global_scale: Tensor | None = None,
+    activation: str | None = None,
     permutation: Tensor | None = None,
 ) -> RepackedWeight:
     """The weight in the order that the GPU's kernel streams it; arguments as ``quantized_linear`` takes them.
 
+    activation: None, or "e4m3" with int4 without zeros: for x in e4m3 with a scale a token, on Hopper
     permutation: int64 [in_size]: column i of the weight is for column permutation[i] of x (activation order)
     Every value stays what it is, but scales of groups of int4 are rounded to 11 bits (those in bf16 and fp16
     have no more), and to multiples of 2^-25 of the row's largest; MXFP4 blocks below 2^-244 of the row's
@@ -121,7 +146,9 @@ def repack_for_cuda(
     codes_a_byte = 2 if weight_type in ("int4", "e2m1") else 1
     out_size, in_size = weight.shape[0], weight.shape[1] * codes_a_byte
     rows, size = block or (1, in_size)
-    packed_format = packed_format_of(weight_type, (rows, size), in_size, zeros is not None, scales.dtype)
+    packed_format = packed_format_of(
+        weight_type, (rows, size), in_size, zeros is not None, scales.dtype, activation
+    )
     bad = scales == 255 if scales.dtype == torch.uint8 else ~torch.isfinite(scales.float())
     bad = bad.any() | (weight_type == "e4m3" and (weight.view(torch.uint8) & 127 == 127).any())
     require(
@@ -156,26 +183,33 @@ def weight_only_linear(
     weight: RepackedWeight,
     bias: Tensor | None = None,
     *,
+    x_scales: Tensor | None = None,
     tactic: int = 0,
     constant_weight: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is: few tokens at the speed of reading W, many
-    on Hopper at that of its tensor cores.
+    """y = x W^T + bias on a GPU, W in 4 or 8 bits and x as it is, or of int4 in e4m3: few tokens at the speed
+    of reading W, many on Hopper at that of its tensor cores.
 
     x:      [num_tokens, in_size] bf16 | fp16; last dimension contiguous, rows begin on 16 bytes, in_size a
-            multiple of 8 up to 131072
+            multiple of 8 up to 131072. Of a weight repacked for "e4m3": float8_e4m3fn, in_size a multiple of
+            16, on Hopper GPUs
+    x_scales: of e4m3: fp32 [num_tokens], contiguous, as ``quantize`` per token gives them; x is x * x_scales
     weight: of ``repack_for_cuda``; with a permutation x is gathered first, by torch
-    bias:   [out_size], dtype of x, or None
+    bias:   [out_size], dtype of out, or None
     tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how many blocks share K in the kernel for few
-            tokens, then WEIGHT_ONLY_TILES; all but 1 are Hopper's
+            tokens, not of e4m3, then WEIGHT_ONLY_TILES; all but 1 are Hopper's. Tiles of 256 tokens are for
+            formats that ``has_tile`` names, and of them int4 with x as it is multiplies weights by their
+            scales before the product, rounded to the dtype of x
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first units are then read while the kernel before this one ends
-    out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
-    Returns out. Weights are exact in registers, sums in fp32, rounded once; up to 4 tokens times int4 or int8
-    x is rounded to 16 bits of the largest of 128 neighbours, and to NaN where that is not finite; bitwise
-    repeatable; with a given tactic a token's result does not depend on the others, as long as there are 1 to
-    4, 5 to 8, 9 to 16, 17 to 32 or more (few), or no more than fill a tile; safe in a CUDA graph.
+    out:    [num_tokens, out_size], dtype of x, or with e4m3 bf16 | fp16; last dimension contiguous; allocated
+            when None, with e4m3 in the dtype of bias, or bf16
+    Returns out. Weights are exact in registers but as said above, sums in fp32, of e4m3 with about 14 bits
+    within a group, rounded once; up to 4 tokens times int4 or int8 x is rounded to 16 bits of the largest of
+    128 neighbours, and to NaN where that is not finite; bitwise repeatable; with a given tactic a token's
+    result does not depend on the others, as long as there are 1 to 4, 5 to 8, 9 to 16, 17 to 32 or more
+    (few), or no more than fill a tile; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernels: csrc/gemm/weight_only_few.cuh, weight_only.cuh, weight_only_sm90.cuh
     """
@@ -185,23 +219,44 @@ def weight_only_linear(
     require(
         x.is_cuda, f"{op}: x is on {x.device}, but the op runs on CUDA only; quantized_linear on the CPU too"
     )
-    check_dtype(op, "x", x, (torch.bfloat16, torch.float16))
+    rounded = takes_e4m3(weight.packed_format)
+    half = (torch.bfloat16, torch.float16)
+    check_dtype(op, "x", x, (torch.float8_e4m3fn,) if rounded else half)
     check_shape(op, "x", x, (None, in_size), f"[num_tokens, {in_size}], by the weight")
+    multiple = 16 if rounded else 8
     require(
-        in_size % 8 == 0 and 0 < in_size <= MAX_IN_SIZE,
-        f"{op}: in_size is {in_size}, but the op takes multiples of 8 up to {MAX_IN_SIZE}",
+        in_size % multiple == 0 and 0 < in_size <= MAX_IN_SIZE,
+        f"{op}: in_size is {in_size}, but the op takes multiples of {multiple} up to {MAX_IN_SIZE}",
     )
-    if weight.permutation is not None:
-        x = x.index_select(1, weight.permutation)
     shape = (x.shape[0], out_size)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else as_tensor(out)
+    require(
+        (x_scales is not None) == rounded,
+        f"{op}: x_scales go with x in e4m3, and with weights repacked for it",
+    )
+    if x_scales is not None:
+        x_scales = as_tensor(x_scales)
+        check_dtype(op, "x_scales", x_scales, (torch.float32,))
+        check_shape(op, "x_scales", x_scales, shape[:1], "[num_tokens]")
+        check_contiguous(op, x_scales=x_scales)
+    if weight.permutation is not None:
+        x = (
+            x.view(torch.uint8).index_select(1, weight.permutation).view(x.dtype)
+            if rounded
+            else (x.index_select(1, weight.permutation))
+        )
+    bias = None if bias is None else as_tensor(bias)
+    if out is None:
+        dtype = x.dtype if not rounded else torch.bfloat16 if bias is None else bias.dtype
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    out = as_tensor(out)
     check_shape(op, "out", out, shape, "[num_tokens, out_size]")
-    check_dtype(op, "out", out, (x.dtype,))
+    check_dtype(op, "out", out, half if rounded else (x.dtype,))
     if bias is not None:
-        bias = as_tensor(bias)
         check_shape(op, "bias", bias, (out_size,), "[out_size]")
-        check_dtype(op, "bias", bias, (x.dtype,))
-    check_device(op, x=x, packed=weight.packed, row_factors=weight.row_factors, bias=bias, out=out)
+        check_dtype(op, "bias", bias, (out.dtype,))
+    check_device(
+        op, x=x, x_scales=x_scales, packed=weight.packed, row_factors=weight.row_factors, bias=bias, out=out
+    )
     check_last_contiguous(op, x=x, bias=bias, out=out)
     check_contiguous(op, packed=weight.packed, row_factors=weight.row_factors)
     require(
@@ -210,6 +265,7 @@ def weight_only_linear(
     )
     torch.ops.fastkernels.weight_only_linear(
         x,
+        x_scales,
         weight.packed,
         weight.row_factors,
         bias,
@@ -222,7 +278,8 @@ def weight_only_linear(
 
 
 # --- The units' bytes: row 8 half + g; k is 64 u + 32 s + 8 t + 4 j + 2 p + low of int4,
-# 64 u + 16 t + 8 p + 2 j + low of e2m1, 32 u + 8 t + 4 j + 2 p + low of 8 bits ----------------------------
+# 64 u + 32 s + 16 h + 4 t + i of int4 for e4m3, 64 u + 16 t + 8 p + 2 j + low of e2m1,
+# 32 u + 8 t + 4 j + 2 p + low of 8 bits --------------------------------------------------------------------
 
 
 def _whole(values: Tensor, size: int, fill: int | float = 0) -> Tensor:
@@ -257,7 +314,7 @@ def _int4(
 ) -> tuple[Tensor, Tensor]:
     codes, scales = _codes(packed), scales.double()
     in_size = codes.shape[1]
-    whole, group = _chunks(in_size) * SIZE, int(packed_format.split("-")[1][1:])
+    whole, group = _chunks(in_size) * SIZE, int(packed_format.split("-g")[1].removesuffix("-zeros"))
     if size >= in_size:  # a scale a row: groups of 1
         factors, scales, times = scales[:, 0], torch.ones_like(scales), whole // group
     else:
@@ -272,10 +329,16 @@ def _int4(
         group, 1
     )  # what is past the end of K stays at the zero point: a weight of 0
     full[:, :in_size] = codes
-    split = _whole(full, whole, 8).unflatten(3, (-1, 2, 2, 4, 2, 2, 2))  # chunk u s t j p low
-    by_lane = split.permute(0, 3, 4, 2, 6, 7, 5, 9, 8, 1)  # tiles chunk u g t j s low p half
-    nibbles = by_lane.flatten(7).unflatten(7, (4, 2))
-    pieces = [_as_pieces(nibbles[..., 0] | nibbles[..., 1] << 4)]
+    if takes_e4m3(packed_format):
+        signed = torch.where(full < 8, (7 - full) * 2 + 1, (full - 8) * 2)
+        split = _whole(signed, whole).unflatten(3, (-1, 2, 2, 2, 4, 4))  # chunk u s h t i
+        nibbles = split.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # tiles chunk u g t s h i half
+        pieces = [_as_bytes(nibbles[..., 0] | nibbles[..., 1] << 4)]
+    else:
+        split = _whole(full, whole, 8).unflatten(3, (-1, 2, 2, 4, 2, 2, 2))  # chunk u s t j p low
+        by_lane = split.permute(0, 3, 4, 2, 6, 7, 5, 9, 8, 1)  # tiles chunk u g t j s low p half
+        nibbles = by_lane.flatten(7).unflatten(7, (4, 2))
+        pieces = [_as_pieces(nibbles[..., 0] | nibbles[..., 1] << 4)]
     of_groups = [groups] if zeros is None else [groups, points]
     for values in of_groups:  # [tiles, half, g, chunk, group] -> [tiles, chunk, group, g, half]
         by_row = _whole(values, whole // group).unflatten(3, (-1, SIZE // group))

@@ -45,7 +45,7 @@ def quantize(
     scheme: Annotated[
         str,
         typer.Option(
-            help="fp8, fp8-block, int8, int8-zeros, int8-weight, int4-awq, int4-gptq, nvfp4, mxfp4."
+            help="fp8, fp8-block, int8, int8-zeros, int8-weight, int4-awq, int4-gptq, int4-fp8, nvfp4, mxfp4."
         ),
     ],
     kv: Annotated[str | None, typer.Option(help="Scales for a KV cache of 8 bits: fp8 or int8.")] = None,

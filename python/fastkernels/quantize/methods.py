@@ -4,6 +4,7 @@ them.
 fp8  fp8-block  int8-weight       round to nearest, scales of least squared error
 int8  int8-zeros                  SmoothQuant
 int4-awq  int4-gptq               groups with zero points
+int4-fp8                          GPTQ, groups without zero points; activations in e4m3
 nvfp4  mxfp4                      round to nearest, scales of least error of the output
 int4-nearest                      the base line of the two above: the largest magnitudes decide
 """
@@ -11,7 +12,7 @@ int4-nearest                      the base line of the two above: the largest ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -31,6 +32,7 @@ METHODS: dict[str, tuple[str, Algorithm]] = {
     "int8-weight": ("int8-weight", "nearest"),
     "int4-awq": ("int4-zeros", "awq"),
     "int4-gptq": ("int4-zeros", "gptq"),
+    "int4-fp8": ("int4-fp8", "gptq"),
     "nvfp4": ("nvfp4", "nearest"),
     "mxfp4": ("mxfp4", "nearest"),
     "int4-nearest": ("int4-zeros", "largest"),
@@ -78,7 +80,7 @@ def method_for(name: str, module: str, shape: Shape, group_size: int = 128) -> M
                 f"group_size is {group_size}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
             )
         fits = [size for size in GROUP_SIZES if size <= group_size and shape[1] % size == 0]
-        scheme = Int4(fits[0] if fits else None, scheme.has_zeros)
+        scheme = replace(scheme, group_size=fits[0] if fits else None)
     try:
         scheme.parts(*shape)
     except QuantizationError as error:

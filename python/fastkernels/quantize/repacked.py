@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkernels.ops.quant import Per
+from fastkernels.ops.quantized_gemm import QUANTIZED
 from fastkernels.ops.weight_only import packed_format_of, packed_shape, repack_for_cuda
 from fastkernels.quantize.scheme import PartSpec, QuantizationError, Scheme
 
@@ -19,16 +21,22 @@ class Repacked(Scheme):
     """packed:   uint8, the units of csrc/gemm/weight_only.h
     row_factors: fp32 [out_size]
 
-    Its name is that of the scheme it repacks with "@cuda" behind it.
+    Its name is that of the scheme it repacks with "@cuda" behind it. That leaves activations as they are, or
+    is int4 with activations in e4m3, which has a layout of its own.
     """
 
     scheme: Scheme
 
     def __post_init__(self) -> None:
-        if self.scheme.activation is not None:
+        if self.scheme.activation is not None and self.scheme.weight_type != "int4":
             raise QuantizationError(
-                f"{self.scheme.name} rounds activations, which this layout's kernel does not"
+                f"{self.scheme.name} rounds activations, which this layout's kernel does for int4 alone"
             )
+
+    @property
+    def rounding(self) -> tuple[Per, torch.dtype] | None:
+        """What ``ops.quantize`` makes of activations, per and the bytes' dtype; None: they are left alone."""
+        return None if self.scheme.activation is None else QUANTIZED[self.scheme.activation]
 
     @property
     def name(self) -> str:
@@ -45,10 +53,11 @@ class Repacked(Scheme):
             in_size,
             "zeros" in parts,
             parts["scales"].torch_dtype,
+            self.scheme.activation,
         )
 
     def parts(self, out_size: int, in_size: int) -> dict[str, PartSpec]:
-        self.require_multiple(in_size, 8, "16 bytes of activations")
+        self.require_multiple(in_size, 8 if self.scheme.activation is None else 16, "16 bytes of activations")
         shape = packed_shape(self.packed_format(out_size, in_size), out_size, in_size)
         return {"packed": PartSpec(shape, "uint8"), "row_factors": PartSpec((out_size,), "float32")}
 
@@ -66,6 +75,7 @@ class Repacked(Scheme):
             block=self.block(in_size),
             zeros=parts.get("zeros"),
             global_scale=parts.get("global_scale"),
+            activation=self.scheme.activation,
         )
         return {"packed": repacked.packed, "row_factors": repacked.row_factors}
 

@@ -82,6 +82,8 @@ def _stored(module: Module, weights: Mapping[str, Any], inputs: Mapping[str, Any
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     if kind == "float" and bits == 8:
         return _float8(module, weights, strategy, activations)
+    if kind == "int" and bits == 4:
+        activations = inputs is not None and (inputs.get("type"), inputs.get("num_bits")) == ("float", 8)
     if kind == "int" and bits in (4, 8):
         return _integers(module, weights, strategy, activations, has_zeros)
     if kind == "float" and bits == 4 and weights.get("group_size") in (16, 32):

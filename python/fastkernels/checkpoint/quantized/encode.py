@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from fastkernels.checkpoint.errors import CheckpointError
 from fastkernels.checkpoint.quantized.stored import pack_nibbles
 
-_INT4 = re.compile(r"int4(?:-(g32|g64|g128|channel))?(-zeros)?(?:-fp16|-fp32)?")
+_INT4 = re.compile(r"int4(?:-(g32|g64|g128|channel))?(-zeros)?(?:-fp16|-fp32)?(-fp8)?")
 _BY_TOKEN = {"strategy": "token", "symmetric": True, "dynamic": True}
 _BY_TOKEN_WITH_ZEROS = {"strategy": "token", "symmetric": False, "dynamic": True}
 _BY_BLOCK = {"strategy": "group", "group_size": 128, "symmetric": True, "dynamic": True}
@@ -75,7 +75,8 @@ def encoding_of(scheme: str) -> Encoding:
     by: dict[str, Any] = (
         by_row if group == "channel" else {"strategy": "group", "group_size": int(group.removeprefix("g"))}
     )
-    return Encoding("pack-quantized", {**args("int", 4, **by), "symmetric": int4[2] is None})
+    inputs = activations("float", _BY_TOKEN) if int4[3] else None
+    return Encoding("pack-quantized", {**args("int", 4, **by), "symmetric": int4[2] is None}, inputs)
 
 
 def encode(scheme: str, parts: Mapping[str, Tensor], out_size: int, in_size: int) -> dict[str, Tensor]:

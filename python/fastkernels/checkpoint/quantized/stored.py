@@ -213,7 +213,8 @@ def integers(
 
     load: codes [out_size, in_size], or of 4 bits packed two a byte [out_size, in_size / 2], uint8, columns in
           the model's order; scales and zeros [out_size, num_groups], zeros uint8, the code of 0
-    activations, activations_have_zeros: of 8 bits: they are rounded too, with a zero point
+    activations, activations_have_zeros: they are rounded to 8 bits too, with a zero point; with weights of 4
+          bits to e4m3, and only where neither has zero points
     """
     size = group_size or module.in_size
     if bits == 8:
@@ -236,6 +237,8 @@ def integers(
     if module.in_size % 2:
         raise module.fail(f"has rows of {module.in_size}; of 4 bits fastkernels reads an even number")
     scheme, times = int4_scheme(module, group_size, has_zeros, scale_dtype)
+    if scheme is not None and activations and not has_zeros and not activations_have_zeros:
+        scheme += "-fp8"
 
     def load4(device: torch.device) -> Parts:
         packed, scales, zeros = load(device)

@@ -12,6 +12,7 @@ order, share what is first:
 
     linear(x; W)   ->   quantize(x), matmul(bytes, their scales; W.packed, W.scales)
     linear(x; W)   ->   quantize_zeros(x), matmul(bytes, scales, zeros; W.packed, W.scales, W.sums)
+    linear(x; W)   ->   quantize(x), quantized_linear(bytes, their scales; W.packed, W.row_factors)
 
 The head, which gives the logits, has a scheme of its own and is left alone without; embeddings always are. A
 head that shares the embedding's weight gets a quantised copy of it.
@@ -22,9 +23,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
+import torch
+
 from fastkernels.compiler.graph import Graph, Node, QuantizedPart, Value, WeightSpec
+from fastkernels.ops.quant import Per
 from fastkernels.ops.quantized_gemm import WITH_ZEROS
-from fastkernels.quantize import PartSpec, QuantizationError, Rounded, Scheme
+from fastkernels.quantize import PartSpec, QuantizationError, Repacked, Rounded, Scheme
 
 
 def quantize(graph: Graph) -> Graph:
@@ -59,9 +63,11 @@ def quantize(graph: Graph) -> Graph:
                 replacements[index].append(in_order[x, order])
             inputs = in_order[x, order].outputs
         if isinstance(scheme, Rounded):
-            (x,), activation, op = inputs, scheme.scheme.activation, "matmul"
+            op = "matmul"
+        if isinstance(scheme, Rounded | Repacked) and scheme.rounding is not None:
+            (x,), activation = inputs, scheme.scheme.activation
             if (x, activation) not in rounded:
-                rounded[x, activation] = _round(x, node.output.name, scheme)
+                rounded[x, activation] = _round(x, node.output.name, scheme, scheme.rounding)
                 replacements[index].append(rounded[x, activation])
             inputs = rounded[x, activation].outputs
         replacements[index].append(Node(op, inputs, node.outputs, names, attributes))
@@ -74,10 +80,10 @@ def _gather(linear: Node, permutation: WeightSpec) -> Node:
     return Node("gather_columns", linear.inputs, (gathered,), (permutation.name,))
 
 
-def _round(x: Value, name: str, scheme: Rounded) -> Node:
+def _round(x: Value, name: str, scheme: Rounded | Repacked, rounding: tuple[Per, torch.dtype]) -> Node:
     """x as bytes and, per token or per 128 neighbours, their scales, and with some schemes zero points. name:
     of the first result they make."""
-    per, dtype = scheme.rounding
+    per, dtype = rounding
     by_token = () if per == "token" else (x.row_size // scheme.block(x.row_size)[1],)
     outputs = (
         Value(f"{name}.x", (x.row_size,), x.rows, str(dtype).removeprefix("torch.")),

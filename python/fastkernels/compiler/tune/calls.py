@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkernels import ops
 from fastkernels.compiler.tune.tactics import STREAM, TORCH, Product, Tactic
 from fastkernels.ops.quantized_gemm import QUANTIZED, WITH_ZEROS, round_to
-from fastkernels.ops.weight_only import packed_shape
+from fastkernels.ops.weight_only import packed_shape, takes_e4m3
 
 Call = Callable[[], object]
 
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 def call_of(
     product: Product, tactic: Tactic, inputs: Sequence[Tensor], out: Tensor, workspace: Tensor | None
 ) -> Call:
-    """inputs: of the step, in its order: x, for ``matmul`` its scales and zero points, where it has some, the
+    """inputs: of the step, in its order: x, where it is bytes its scales and perhaps zero points, the
         weight's parts, and a bias or none
     workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
 
@@ -39,10 +39,12 @@ def call_of(
     if tactic == STREAM:
         return partial(_fk.linear.default, x, rest[0], bias, True, out)
     if tactic.kernel == "weight_only_linear":
-        packed, row_factors = rest
+        *scales, packed, row_factors = rest
         number = list(ops.PACKED_FORMATS).index(product.weight)
         return partial(
-            _fk.weight_only_linear.default, x, packed, row_factors, bias, number, tactic.number, True, out
+            _fk.weight_only_linear.default,
+            *(x, scales[0] if scales else None, packed, row_factors, bias),
+            *(number, tactic.number, True, out),
         )
     if tactic.kernel != "matmul" or workspace is None:
         raise ValueError(f"there is no call of the tactic {tactic} for {product}, or no workspace")
@@ -63,6 +65,8 @@ def call_of(
 def random_x(product: Product, num_tokens: int, device: torch.device) -> list[Tensor]:
     """The inputs of ``call_of`` that a step makes, for timing: of each, any first rows are one too."""
     x = torch.randn(num_tokens, product.in_size, dtype=product.dtype, device=device)
+    if product.op == "quantized_linear" and takes_e4m3(product.weight):
+        return list(round_to(x, "e4m3"))
     if product.op != "matmul":
         return [x]
     return list(round_to(x, product.weight))

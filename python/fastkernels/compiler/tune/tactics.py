@@ -13,6 +13,7 @@ from fastkernels.compiler.plan import Plan, Step
 from fastkernels.ops.checks import dtype_name
 from fastkernels.ops.gemm import FIRST_SM80_TACTIC, LINEAR_TACTIC, MATMUL_SM80_TILES, MATMUL_TILES, MatmulTile
 from fastkernels.ops.quantized_gemm import WITH_ZEROS
+from fastkernels.ops.weight_only import has_tile, takes_e4m3
 from fastkernels.quantize import Repacked, Rounded, find_scheme
 
 # Numbers of tokens that are timed. A tactic holds for all above the bucket before, and the last for more.
@@ -89,7 +90,8 @@ def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> P
         return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
     if step.op == "quantized_linear" and isinstance(scheme, Repacked):
         weight = scheme.packed_format(out_size, in_size)
-        return Product("quantized_linear", weight, dtype, out_size, in_size, len(step.inputs) == 4)
+        with_bias = 4 if scheme.rounding is None else 5
+        return Product("quantized_linear", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
     raise CompileError(f"a {step.op} of the scheme {scheme.name} has no product on a GPU")
 
 
@@ -110,14 +112,8 @@ def products_of(
 def rule(product: Product, num_tokens: int) -> Tactic:
     """What is taken where nothing was timed."""
     if product.op == "matmul":
-<<<<<<< HEAD
-        # Up to 8 tokens -1 is this one too; by its name it is timed once.
-        streams = num_tokens <= 8 and _streams_bytes(product, num_tokens)
-        return Tactic("matmul", LINEAR_TACTIC if streams else -1)
-=======
         # -1 is this one too; by its name the tuner knows its time.
         return Tactic("matmul", LINEAR_TACTIC if _streams_bytes(product, num_tokens) else -1)
->>>>>>> chain
     if product.op == "quantized_linear":
         return Tactic("weight_only_linear", 0)
     return STREAM if _streams(product, num_tokens) else TORCH
@@ -129,7 +125,7 @@ def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -
     if product.op == "matmul":
         return _with(rule(product, num_tokens), _matmul_tactics(product, num_tokens, capability))
     if product.op == "quantized_linear":
-        return _with(rule(product, num_tokens), _weight_only_tactics(num_tokens, capability))
+        return _with(rule(product, num_tokens), _weight_only_tactics(product.weight, num_tokens, capability))
     tactics = [TORCH]
     if _streams(product, num_tokens):
         tactics.append(STREAM)
@@ -155,19 +151,23 @@ def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
     return tactics if plain in tactics or len(tactics) == 1 else [plain, *tactics]
 
 
-def _weight_only_tactics(num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
-    """Of the kernel for few tokens all, and of the other the smallest tile that holds the tokens."""
+def _weight_only_tactics(weight: str, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """Of the kernel for few tokens all, and of the other the smallest tile that holds the tokens; for more
+    than 128 the two largest."""
     count = ops.WEIGHT_ONLY_FEW_TACTICS if capability >= HOPPER else 1  # clusters are Hopper's
-    numbers = list(range(1, count + 1))
+    numbers = [] if takes_e4m3(weight) else list(range(1, count + 1))
     if capability == HOPPER:
         if num_tokens > 32:
             numbers = []
-        held = min(num_tokens, max(tokens for tokens, _ in ops.WEIGHT_ONLY_TILES))
-        size = min(tokens for tokens, _ in ops.WEIGHT_ONLY_TILES if tokens >= held)
+        sizes = sorted({tokens for tokens, _ in ops.WEIGHT_ONLY_TILES if has_tile(weight, tokens)})
+        if num_tokens <= 128:
+            sizes = [size for size in sizes if size >= num_tokens][:1]
+        else:
+            sizes = [size for size in sizes if size >= 128]
         numbers += [
             ops.WEIGHT_ONLY_FEW_TACTICS + 1 + index
             for index, (tokens, _) in enumerate(ops.WEIGHT_ONLY_TILES)
-            if tokens == size
+            if tokens in sizes
         ]
     return [Tactic("weight_only_linear", number) for number in numbers]
 
