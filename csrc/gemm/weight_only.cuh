@@ -1,5 +1,5 @@
-// out = x W^T + bias with W in 4 or 8 bits and x as it is, on tensor cores (mma.sync m16n8k16, fp32 accumulators), at
-// the speed of reading W.
+// out = x W^T + bias with W in 4 or 8 bits and x as it is, on tensor cores (mma.sync m16n8k16, fp32 accumulators), for
+// more tokens than weight_only_few.cuh takes.
 //
 //   x [num_tokens, K]   W in units of 16 rows x 128 (weight_only.h)   bias [N]   out [num_tokens, N]   bf16 | fp16
 //

@@ -1,5 +1,5 @@
-// Weights of 4 and 8 bits as csrc/gemm/weight_only.cuh and weight_only_sm90.cuh stream them. Made by
-// ops.repack_for_cuda.
+// Weights of 4 and 8 bits as csrc/gemm/weight_only_few.cuh, weight_only.cuh and weight_only_sm90.cuh stream them. Made
+// by ops.repack_for_cuda.
 //
 // A unit is 16 rows x 128 neighbours along K: [ceil(N / 16)][ceil(K / 128)] of them, rows and neighbours past the end
 // zeros. It begins with 2 (4 bits) or 4 (8 bits) pieces of 512 bytes, 16 a lane: with g = lane / 4 and t = lane % 4,

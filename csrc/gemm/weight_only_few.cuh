@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     for (int i = 0; i < kSlots - 1; ++i) {
         fetch(ring + i * kUnitBytes);
     }
+    // The factors are of the weight too, and as constant.
     for (int i = threadIdx.x; i < my_tiles * kUnitRows; i += static_cast<int>(blockDim.x)) {
         const int64_t row = int64_t{first_tile} * kUnitRows + i;
         factors[i] = row < p.out_size ? p.row_factors[row] : 0.0f;
