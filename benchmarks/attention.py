@@ -107,9 +107,11 @@ def _batches(device: torch.device, quick: bool) -> tuple[list[Batch], list[Batch
     fp8 = {"q_dtype": torch.float8_e4m3fn, "kv_dtype": torch.float8_e4m3fn}
     fp8_prefills = [prefill(*shape, ", q, k, v e4m3", **fp8) for shape in ((8, 2048), (2, 8192), (1, 32768))]
     contiguous += fp8_prefills
+    e4m3 = {"kv_dtype": torch.float8_e4m3fn}
+    over_bytes = [prefill(*shape, ", K, V e4m3", **e4m3) for shape in ((16, 512), (2, 8192), (1, 32768))]
     mixed = Batch("mixed: 4 x 512 of 2k, 60 decodes at 1k", ((512, 2048),) * 4 + ((1, 1024),) * 60)
     chunk = Batch("1 x 512 of 100k", ((512, 102400),))
-    paged = [*(prefill(*shape) for shape in shapes), *fp8_prefills, chunk, mixed]
+    paged = [*(prefill(*shape) for shape in shapes), *fp8_prefills, *over_bytes, chunk, mixed]
     if quick:
         return contiguous[1:2], [paged[1], mixed], [decode(1, 1024), decode(32, 1024)]
     decodes = [(1, 128), (1, 1024), (1, 8192), (1, 131072), (8, 1024), (8, 8192), (32, 1024), (32, 4096)]

@@ -39,7 +39,7 @@ namespace {
 struct Fp8Shape {
     static constexpr int kHeadDim = 128;
     static constexpr bool kWidens = false;  // bytes are multiplied as they come
-    static constexpr int kConsumers = 2;  // warpgroups
+    static constexpr int kConsumers = 2;    // warpgroups
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kRows = 64 * kConsumers;
     static constexpr int kKeys = 192;  // of a block, three times 64
