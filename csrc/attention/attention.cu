@@ -91,15 +91,18 @@ int64_t most_rows(const AttentionMmaArgs& a) {
 void launch_decode(const AttentionMmaArgs& a, dim3 grid, void* stream) {
     visit_keys(a.p.kv_dtype, [&]<typename KV>() {
         visit_head_dim(a.p.head_dim, [&]<int D>() {
-            if (most_rows(a) <= 8) {
-                return attention_decode<KV, D, 1>(a, grid, stream);
-            }
             if constexpr (D <= 128) {
-                if (decode_rows(D, a.group) == 32) {
-                    return attention_decode<KV, D, 4>(a, grid, stream);
+                if (decodes_in_large_blocks(a.p.num_tokens, a.group, D)) {
+                    return attention_decode<KV, D, 1, 8>(a, grid, stream);
+                }
+                if (most_rows(a) > 8 && decode_rows(D, a.group) == 32) {
+                    return attention_decode<KV, D, 4, 4>(a, grid, stream);
                 }
             }
-            attention_decode<KV, D, 2>(a, grid, stream);
+            if (most_rows(a) <= 8) {
+                return attention_decode<KV, D, 1, 4>(a, grid, stream);
+            }
+            attention_decode<KV, D, 2, 4>(a, grid, stream);
         });
     });
 }
@@ -136,7 +139,10 @@ void launch_tensor_cores(AttentionMmaArgs& a, void* stream) {
     if (sm90) {
         fp8 ? attention_fp8_sm90(a, stream) : attention_sm90(a, stream);
     }
-    const int64_t items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
+    // A tile makes less than one item more than its share; blocks without an item would wait for an SM all the same.
+    const int64_t items = decodes_in_large_blocks(p.num_tokens, a.group, p.head_dim)
+                              ? most_seqs(p.num_tokens, p.num_seqs) - 1 + large_block_items(p.num_kv_heads, sms)
+                              : max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms);
     launch_decode(a, dim3(static_cast<unsigned>(items * p.num_kv_heads)), stream);
     if (prefill && !sm90) {
         const int64_t prefill_items = max_prefill_items(p.num_tokens, p.num_seqs, a.group, p.num_kv_heads, sms);

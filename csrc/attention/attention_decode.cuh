@@ -4,13 +4,13 @@
 //   k, v   the pages of the KV cache, or [num_keys, num_kv_heads, D]: dtype of q, or one byte (e4m3, e5m2, int8) with
 //          a scale for each KV head
 //
-// A block of 4 warps owns one decode item of the work map for one KV head: up to 8 * kTiles packed rows (row r is
-// token r / group, head r % group) over a range of keys, taken in blocks of 64. Warp w owns keys [16w, 16w + 16) of
-// each block and all rows: it fetches its keys into a ring of its own (K and V in turn, cp.async, kRing - 1 half steps
-// ahead) and multiplies by them, so no warp waits for another before the end, when they merge their (max, sum, O)
-// through shared memory. Rows of shared memory are an odd number of 16-byte pieces long: ldmatrix and cp.async meet no
-// bank conflict. Blocks of the KV heads of one item follow each other, so that what lies together in a page is read at
-// about one time.
+// A block of 4 warps, or 8 where the step has few rows, owns one decode item of the work map for one KV head: up to 8 *
+// kTiles packed rows (row r is token r / group, head r % group) over a range of keys, taken in blocks of 64 (128). Warp
+// w owns keys [16w, 16w + 16) of each block and all rows: it fetches its keys into a ring of its own (K and V in turn,
+// cp.async, kRing - 1 half steps ahead) and multiplies by them, so no warp waits for another before the end, when they
+// merge their (max, sum, O) through shared memory. Rows of shared memory are an odd number of 16-byte pieces long:
+// ldmatrix and cp.async meet no bank conflict. Blocks of the KV heads of one item follow each other, so that what lies
+// together in a page is read at about one time.
 //
 // The keys are the rows of mma's tile of 16 x 8 and the queries its columns, S^T = K Q^T and O^T += V^T P^T, so that
 // the 4 rows that a token has with a group of 4 cost one tile. Weights are turned by movmatrix. The maximum that they
@@ -129,11 +129,12 @@ template <typename KV, int D, int kTiles, typename Shape>
 __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem& item, const Work& work, int kv_head,
                                        unsigned char* shared) {
     using M = std::conditional_t<kIsByte<KV>, fp16, KV>;  // of the products
-    static_assert(8 * kTiles <= Shape::kRows && kTiles <= kWarps);
-    constexpr int kSlot = Shape::kSlot, kStride = Shape::kStride, kRing = Shape::kRing;
+    static_assert(8 * kTiles <= Shape::kRows && kTiles <= Shape::kWarps);
+    constexpr int kSlot = Shape::kSlot, kStride = Shape::kStride, kRing = Shape::kRing, kWarps = Shape::kWarps;
+    constexpr int kThreads = Shape::kThreads, kBlockKeys = Shape::kBlockKeys;
     constexpr int kChains = D > 128 ? 1 : 4 / kTiles;  // partial sums of a score, for more products in flight
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4, group_row = lane / 4;
-    const int num_blocks = max(0, work.end - work.begin + kTileKeys - 1) / kTileKeys;
+    const int num_blocks = max(0, work.end - work.begin + kBlockKeys - 1) / kBlockKeys;
     const uint32_t ring = shared_address(shared + warp * Shape::kWarpBytes);
 
     Queries<KV, D, kTiles> queries;
@@ -288,8 +289,8 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
                 }
             }
         }
-        const int block_begin = work.begin + block * kTileKeys;
-        if (work.crosses_edge(a, block_begin)) {
+        const int block_begin = work.begin + block * kBlockKeys;
+        if (work.crosses_edge(a, block_begin, kBlockKeys)) {
             const int key = block_begin + warp * kWarpKeys + group_row;
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
@@ -430,10 +431,10 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
     }
 }
 
-template <typename KV, int D, int kTiles>
-__global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksPerSm)
+template <typename KV, int D, int kTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, DecodeShape<KV, D, kTiles, kWarps>::kMinBlocks)
     attention_decode_kernel(const __grid_constant__ AttentionMmaArgs a) {
-    using Shape = DecodeShape<KV, D, kTiles>;
+    using Shape = DecodeShape<KV, D, kTiles, kWarps>;
     extern __shared__ __align__(16) unsigned char shared[];
     const int index = static_cast<int>(blockIdx.x) / a.p.num_kv_heads;
     const int kv_head = static_cast<int>(blockIdx.x) % a.p.num_kv_heads;
@@ -457,7 +458,7 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksP
             attend<KV, D, kTiles, Shape>(a, item, work, kv_head, shared);
         }
         if (item.num_splits > 1) {
-            combine_if_last<KV, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
+            combine_if_last<KV, D, Shape::kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
         }
     }
     if (a.beside_prefill && blockIdx.x == 0) {
@@ -468,7 +469,7 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksP
 // The prefill tiles that no other kernel takes: rows by kRows at a time, each time over all keys. It runs beside
 // attention_decode, launched just before, and does not wait for it (attention.cu).
 template <typename KV, int D, int kTiles>
-__global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksPerSm)
+__global__ void __launch_bounds__(128, DecodeShape<KV, D, kTiles>::kBlocksPerSm)
     attention_rows_kernel(const __grid_constant__ AttentionMmaArgs a) {
     using Shape = DecodeShape<KV, D, kTiles>;
     extern __shared__ __align__(16) unsigned char shared[];
@@ -487,7 +488,7 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksP
         __syncthreads();
         more = row + Shape::kRows < work.rows;
         if (!more && item.num_splits > 1) {
-            combine_if_last<KV, D, kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
+            combine_if_last<KV, D, Shape::kThreads>(a, item, work, kv_head, reinterpret_cast<float*>(shared));
         }
     }
     if (blockIdx.x == 0 && blockIdx.y == 0) {
@@ -497,17 +498,17 @@ __global__ void __launch_bounds__(kThreads, DecodeShape<KV, D, kTiles>::kBlocksP
 
 }  // namespace
 
-template <typename KV, int D, int kTiles>
+template <typename KV, int D, int kTiles, int kWarps>
 void attention_decode(const AttentionMmaArgs& a, dim3 grid, void* stream) {
-    using Shape = DecodeShape<KV, D, kTiles>;
+    using Shape = DecodeShape<KV, D, kTiles, kWarps>;
     // Blocks an SM: as few as take all items at once, held to by asking for so much that one more does not fit. An SM
     // with room to spare would start more of them than its share.
     const int64_t items = a.p.num_tokens * a.p.num_kv_heads;  // of sequences that are not split
-    const int64_t blocks = std::clamp<int64_t>((items + a.num_sms - 1) / a.num_sms, 2, Shape::kBlocksPerSm);
+    const int64_t blocks = std::clamp<int64_t>((items + a.num_sms - 1) / a.num_sms, 8 / kWarps, Shape::kBlocksPerSm);
     const int shared_bytes = std::max<int>(Shape::kSharedBytes, kSharedBytesOfSm / static_cast<int>(blocks + 1));
-    launch(attention_decode_kernel<KV, D, kTiles>,
+    launch(attention_decode_kernel<KV, D, kTiles, kWarps>,
            {.grid = grid,
-            .block = dim3(kThreads),
+            .block = dim3(Shape::kThreads),
             .shared_bytes = static_cast<size_t>(blocks < Shape::kBlocksPerSm ? shared_bytes : Shape::kSharedBytes),
             .pdl = true},
            stream, a);
@@ -517,7 +518,7 @@ template <typename KV, int D, int kTiles>
 void attention_rows(const AttentionMmaArgs& a, dim3 grid, void* stream) {
     using Shape = DecodeShape<KV, D, kTiles>;
     launch(attention_rows_kernel<KV, D, kTiles>,
-           {.grid = grid, .block = dim3(kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true}, stream, a);
+           {.grid = grid, .block = dim3(Shape::kThreads), .shared_bytes = Shape::kSharedBytes, .pdl = true}, stream, a);
 }
 
 }  // namespace fastkernels

@@ -3,15 +3,18 @@
 
 namespace fastkernels {
 
-template void attention_decode<e4m3, 128, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 128, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 128, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e4m3, 128, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 128, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 128, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e4m3, 128, 4>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 128, 4>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 128, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 128, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 128, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 128, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 128, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 128, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 128, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 128, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 128, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 128, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 128, 4, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 128, 4, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 128, 4, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<e4m3, 128, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<e5m2, 128, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<int8_t, 128, 4>(const AttentionMmaArgs&, dim3, void*);

@@ -3,12 +3,12 @@
 
 namespace fastkernels {
 
-template void attention_decode<e4m3, 256, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 256, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 256, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e4m3, 256, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 256, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 256, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 256, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 256, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 256, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 256, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 256, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 256, 2, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<e4m3, 256, 1>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<e5m2, 256, 1>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<int8_t, 256, 1>(const AttentionMmaArgs&, dim3, void*);

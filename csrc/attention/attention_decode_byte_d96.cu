@@ -3,15 +3,18 @@
 
 namespace fastkernels {
 
-template void attention_decode<e4m3, 96, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 96, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 96, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e4m3, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 96, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e4m3, 96, 4>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<e5m2, 96, 4>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<int8_t, 96, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 96, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 96, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 96, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e4m3, 96, 4, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<e5m2, 96, 4, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<int8_t, 96, 4, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<e4m3, 96, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<e5m2, 96, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<int8_t, 96, 4>(const AttentionMmaArgs&, dim3, void*);

@@ -3,12 +3,14 @@
 
 namespace fastkernels {
 
-template void attention_decode<bf16, 128, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 128, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<bf16, 128, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 128, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<bf16, 128, 4>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 128, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 128, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 128, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 128, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 128, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 128, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 128, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 128, 4, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 128, 4, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<bf16, 128, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<fp16, 128, 4>(const AttentionMmaArgs&, dim3, void*);
 

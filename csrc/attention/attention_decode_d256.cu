@@ -3,10 +3,10 @@
 
 namespace fastkernels {
 
-template void attention_decode<bf16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<bf16, 256, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 256, 2>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 256, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 256, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 256, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 256, 2, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<bf16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<fp16, 256, 1>(const AttentionMmaArgs&, dim3, void*);
 

@@ -3,12 +3,14 @@
 
 namespace fastkernels {
 
-template void attention_decode<bf16, 80, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 80, 1>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<bf16, 80, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 80, 2>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<bf16, 80, 4>(const AttentionMmaArgs&, dim3, void*);
-template void attention_decode<fp16, 80, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 80, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 80, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 80, 1, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 80, 1, 8>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 80, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 80, 2, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<bf16, 80, 4, 4>(const AttentionMmaArgs&, dim3, void*);
+template void attention_decode<fp16, 80, 4, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<bf16, 80, 4>(const AttentionMmaArgs&, dim3, void*);
 template void attention_rows<fp16, 80, 4>(const AttentionMmaArgs&, dim3, void*);
 

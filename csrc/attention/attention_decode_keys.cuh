@@ -11,20 +11,21 @@
 namespace fastkernels {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
-constexpr int kWarpKeys = kTileKeys / kWarps;
+constexpr int kWarpKeys = 16;  // of a warp at a time
 constexpr int kSharedBytesOfSm = 228 * 1024;
-static_assert(kWarpKeys == 16);
 
 // Whether q lies in shared memory, for want of registers.
 template <typename KV, int D, int kTiles>
 inline constexpr bool kSharesQueries = kTiles == 4 || (sizeof(KV) == 1 && D * kTiles > 256);
 
 // kTiles: packed rows of an item in units of 8.
-template <typename KV, int D, int kTiles>
+template <typename KV, int D, int kTiles, int kBlockWarps = 4>
 struct DecodeShape {
     static_assert(D % 16 == 0 && D <= 256 && (kTiles == 1 || kTiles == 2 || (kTiles == 4 && D <= 128)));
+    static_assert(kBlockWarps == 4 || (kBlockWarps == 8 && kTiles == 1 && D <= 128));
+    static constexpr int kWarps = kBlockWarps;
+    static constexpr int kThreads = kWarps * 32;
+    static constexpr int kBlockKeys = kWarps * kWarpKeys;  // of a block of threads at a time
     static constexpr int kRows = 8 * kTiles;
     static constexpr int kElementBytes = sizeof(KV);
     static constexpr int kRowBytes = D * kElementBytes;
@@ -32,13 +33,14 @@ struct DecodeShape {
     static constexpr int kStride = (kPieces | 1) * 16;  // bytes between rows in shared memory
     static constexpr int kSlot = kWarpKeys * kStride;   // bytes of a warp's part of a block of K or of V
     // Of an SM of 228 KB. The start and the end of one hide behind the loops of the others.
-    static constexpr int kBlocksPerSm = kTiles == 1 && D <= 128 ? 4 : kDecodeBlocksPerSm;
+    static constexpr int kBlocksPerSm = kTiles == 1 && D <= 128 ? 16 / kWarps : kDecodeBlocksPerSm;
+    static constexpr int kMinBlocks = kWarps == 8 ? 1 : kBlocksPerSm;  // that registers leave room for
     static constexpr int kQBytes = kSharesQueries<KV, D, kTiles> ? kTiles * D / 16 * 32 * 8 : 0;
     static constexpr int kMergeStride = D + 4;                    // floats
     static constexpr int kMergeBytes = kRows * kMergeStride * 4;  // of a warp: O,
     static constexpr int kMergeSumBytes = kRows * 8;              // and behind it (max, sum)
     // A block fits a GPU of 99 KB.
-    static constexpr int kRoom = (kBlocksPerSm == 4 ? 56 : 99) * 1024 - kQBytes;
+    static constexpr int kRoom = (kTiles == 1 && D <= 128 ? 14 * kWarps : 99) * 1024 - kQBytes;
     static constexpr int kRing = std::min(10, kRoom / (kWarps * kSlot));
     static constexpr int kWarpBytes = std::max(kRing * kSlot, kMergeBytes + kMergeSumBytes);
     static constexpr int kSharedBytes = kWarps * kWarpBytes + kQBytes;
@@ -56,7 +58,7 @@ template <typename Shape>
 struct KeyLoader {
     const int32_t* pages;                 // null: contiguous
     bool whole_pages;                     // of 16 keys and more
-    int first_key, end;                   // the warp's keys of block j are [first_key + 64 j, first_key + 64 j + 16)
+    int first_key, end;                   // the warp's keys of block j are [first_key + kBlockKeys j, and 16 more)
     int these_pages = 0, next_pages = 0;  // of block lane, of 32 blocks and of the next 32
     const char* k_lane;                   // the lane's first piece of row 0 of the pages
     int64_t v_from_k;                     // bytes
@@ -81,7 +83,7 @@ struct KeyLoader {
     }
 
     __device__ int look_up(const AttentionMmaArgs& a, int block) const {
-        const int key = first_key + block * kTileKeys;
+        const int key = first_key + block * Shape::kBlockKeys;
         return key < end ? pages[(key >> a.page_shift) * a.p.page_table_page_stride] : 0;
     }
 
@@ -89,7 +91,7 @@ struct KeyLoader {
     __device__ void load_k(const AttentionMmaArgs& a, const WorkItem& item, int kv_head, int block, uint32_t slot,
                            int lane) {
         if (whole_pages) {
-            const int key = first_key + block * kTileKeys;
+            const int key = first_key + block * Shape::kBlockKeys;
             const int64_t row = static_cast<int64_t>(__shfl_sync(0xffffffffu, these_pages, block)) * a.page_rows +
                                 (key & (a.p.page_size - 1));
             if (block % 32 == 31) {
@@ -106,7 +108,7 @@ struct KeyLoader {
     __device__ void load_v(const AttentionMmaArgs& a, const WorkItem& item, int kv_head, int block, uint32_t slot,
                            int lane) {
         if (whole_pages) {
-            copy_run(from + v_from_k, end - (first_key + block * kTileKeys), slot, lane);
+            copy_run(from + v_from_k, end - (first_key + block * Shape::kBlockKeys), slot, lane);
         } else {
             copy_each(a, item, a.p.v, kv_head * a.p.v_head_stride, a.p.v_token_stride, block, slot, lane);
         }
@@ -148,7 +150,7 @@ struct KeyLoader {
 #pragma unroll 1
         for (int piece = lane; piece < kAll; piece += 32) {
             const int r = piece / Shape::kPieces, column = piece % Shape::kPieces * 16;
-            const int key = first_key + block * kTileKeys + r;
+            const int key = first_key + block * Shape::kBlockKeys + r;
             const bool valid = key < end;
             int64_t row = 0;
             if (valid && pages != nullptr) {
@@ -164,8 +166,8 @@ struct KeyLoader {
     }
 };
 
-// Brings a block's first keys to the L2, before pdl_wait(): what it goes by may be of an earlier step or never written,
-// so each index is checked against what there is.
+// Brings a block's keys to the L2 where they are few, before pdl_wait(): what it goes by may be of an earlier step or
+// never written, so each index is checked against what there is.
 template <typename Shape>
 __device__ void prefetch_first_keys(const AttentionMmaArgs& a, int index, int kv_head, int element_bytes) {
     const AttentionParams& p = a.p;
@@ -181,9 +183,12 @@ __device__ void prefetch_first_keys(const AttentionMmaArgs& a, int index, int kv
         return;
     }
     const Work work(a, item, Shape::kRows);
-    // Four blocks: a lane a run of 8 keys, of K or of V.
+    if (work.end - work.begin > kPrefetchKeys) {
+        return;
+    }
+    // A lane a run of 8 keys, of K or of V.
     const int block = lane / 4 % 4, run = lane / 2 % 2, is_v = lane / 16;
-    const int key = work.begin + block * kTileKeys + warp * kWarpKeys + run * 8;
+    const int key = work.begin + block * Shape::kBlockKeys + warp * kWarpKeys + run * 8;
     if (lane % 2 == 0 && key >= 0 && key < work.end && key >> a.page_shift < p.max_pages) {
         const int page = __ldcg(p.page_table + item.seq * p.page_table_seq_stride +
                                 (key >> a.page_shift) * p.page_table_page_stride);

@@ -204,7 +204,7 @@ __device__ __forceinline__ void attend(const AttentionMmaArgs& a, const WorkItem
                 }
             }
             const int block_begin = work.begin + block * kTileKeys;
-            if (work.crosses_edge(a, block_begin)) {
+            if (work.crosses_edge(a, block_begin, kTileKeys)) {
 #pragma unroll
                 for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll

@@ -7,6 +7,7 @@
 // first, and c is raised until there are no more than the target, since the few above it would be waited for; but not
 // where that leaves a third of the GPU idle. Tiles of a sequence come last first, since under a causal mask those see
 // most keys. Bytes: 8 a sequence read, 48 an item written.
+#include "attention/attention_decode.h"
 #include "attention/attention_sm90.h"
 #include "common/launch.h"
 #include "common/ptx/pdl.cuh"
@@ -81,7 +82,7 @@ struct Tile {
 
 // first_tile: [num_seqs + 1], the exclusive scan of count_tiles
 __device__ Tile find_tile(int t, const int* first_tile, const PlanArgs& a) {
-    int low = 0, high = static_cast<int>(a.p.num_seqs) - 1;  // the last sequence whose first tile is <= t
+    int low = 0, high = static_cast<int>(a.p.num_seqs) - 1;               // the last sequence whose first tile is <= t
     if (t <= high && first_tile[t] == t && first_tile[t + 1] == t + 1) {  // of decodes alone it is sequence t
         low = high = t;
     }
@@ -248,7 +249,8 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(const PlanArgs
     }
     uint64_t all_key_blocks;
     scan(key_blocks, all_key_blocks);
-    const uint32_t list_blocks[2] = {static_cast<uint32_t>(all_key_blocks), static_cast<uint32_t>(all_key_blocks >> 32)};
+    const uint32_t list_blocks[2] = {static_cast<uint32_t>(all_key_blocks),
+                                     static_cast<uint32_t>(all_key_blocks >> 32)};
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         int64_t num_items = 0;
@@ -278,6 +280,7 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
     const int group = p.num_q_heads / p.num_kv_heads, sms = num_sms();
     const int64_t target = target_items(p.num_kv_heads, sms);
     const int64_t decode_target = decode_target_items(p.num_kv_heads, sms);
+    const bool large_blocks = decodes_in_large_blocks(p.num_tokens, group, p.head_dim);
     const bool sm90 = prefill_on_sm90(p.num_tokens, p.head_dim, group, p.dtype);
     const PlanArgs a{
         .p = p,
@@ -288,7 +291,8 @@ void attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
         .num_sms = sms,
         .lists = {{.item_offset = work_map_item_offset(p.num_kv_heads, sms),
                    .most_items = max_decode_items(p.num_tokens, p.num_seqs, p.num_kv_heads, sms),
-                   .target = static_cast<int32_t>(decode_target),
+                   .target =
+                       large_blocks ? large_block_items(p.num_kv_heads, sms) : static_cast<int32_t>(decode_target),
                    .first_counter = 0,
                    .first_partial_row = 0,
                    .min_split_blocks = p.num_tokens < kFewTokens ? kMinSplitTilesOfFew : kMinSplitTiles},

@@ -80,9 +80,9 @@ struct Work {
         return w;
     }
 
-    // Whether some row does not see some key of the block of kTileKeys keys.
-    __device__ bool crosses_edge(const AttentionMmaArgs& a, int block_begin) const {
-        return block_begin + kTileKeys > end || (a.p.causal && block_begin + kTileKeys - 1 > first_position) ||
+    // Whether some row does not see some key of the block of so many keys.
+    __device__ bool crosses_edge(const AttentionMmaArgs& a, int block_begin, int keys) const {
+        return block_begin + keys > end || (a.p.causal && block_begin + keys - 1 > first_position) ||
                (a.p.window > 0 && block_begin <= last_position - a.p.window);
     }
 };
