@@ -50,7 +50,7 @@ struct Sm90Shape {
     static_assert(kRows == prefill_rows_sm90(D, 1));
     static constexpr int kKeys = sm90_block_keys(D, kWidens);
     static constexpr int kPanelColumns = 64;
-    static constexpr int kPanels = (D + 63) / 64;  // what a row lacks TMA fills with zeros
+    static constexpr int kPanels = (D + 63) / 64;                      // what a row lacks TMA fills with zeros
     static constexpr int kBoxColumns = kWidens ? 128 : kPanelColumns;  // of a box of keys, 128 bytes
     static constexpr int kBoxPanels = kWidens ? (D + 127) / 128 : kPanels;
     static constexpr int kQBytes = kRows * kPanels * 128;
@@ -59,9 +59,9 @@ struct Sm90Shape {
     static constexpr int kSlots = D <= 64 ? 1024 / kKeys : 5;
     static constexpr bool kHoldBack = kConsumers == 2;  // see hold_back()
     static constexpr int kSharedBytes = kQSlots * kQBytes + kSlots * kSlotBytes + 1024;
-    // 65,536 a block: of the consumers' share S takes kKeys / 2, O D / 2 and P kKeys / 4.
-    static constexpr int kProducerRegisters = kWidens ? 56 : kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? (kWidens ? 152 : 160) : (kWidens ? 224 : 232);
+    // Of a thread of each warpgroup together 504, or 512: of a consumer's S takes kKeys / 2, O D / 2 and P kKeys / 4.
+    static constexpr int kProducerRegisters = kWidens ? (D == 256 ? 72 : 56) : kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = (504 + 8 * (kConsumers == 3) - kProducerRegisters) / kConsumers / 8 * 8;
 };
 
 // T: of out. Keys and values are of T, or with kBytes of one byte.

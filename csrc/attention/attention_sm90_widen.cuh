@@ -22,39 +22,51 @@ template <typename Byte, typename Shape>
 __device__ __forceinline__ void widen_block(uint32_t slot, int keys, int lane) {
     constexpr int kPanelBytes = Shape::kKeys * 128, kFirstPanel = Shape::kPanels - Shape::kBoxPanels;
     constexpr bool kHalfRows = Shape::kHeadDim == 64;
-    constexpr int kPassRows = kHalfRows ? 8 : 4, kBatch = 4;
+    constexpr int kPassRows = kHalfRows ? 8 : 4;
+    constexpr int kBatch = Shape::kHeadDim == 256 ? 2 : 4;  // passes at once, as the registers allow
     const int phase = lane / 8, right = lane / 4 % 2;
     const int row = kHalfRows ? phase ^ (right * 5) : phase / 2 * 2 + right;
     const int piece = lane % 4 + (kHalfRows ? 0 : (right ^ phase % 2) * 4);  // 16 bytes; two of fp16
     const uint32_t read = slot + kFirstPanel * kPanelBytes + row * 128 + (piece ^ row) * 16;
     const uint32_t write = slot + piece / 4 * kPanelBytes + row * 128 + (piece % 4 * 2 ^ row) * 16;
-#pragma unroll 1
-    for (int i = 0; i < Shape::kBoxPanels; ++i) {
-#pragma unroll 1
-        for (int first = 0; first < Shape::kKeys; first += kBatch * kPassRows) {
-            const uint32_t from = read + i * kPanelBytes + first * 128, to = write + i * 2 * kPanelBytes + first * 128;
-            // Past the first of two passes of 4 rows the third bit of the row is set.
-            const auto offset = [](int pass) { return kHalfRows ? 0 : pass % 2 * 64; };
-            uint4 x[kBatch];
+    // Past the first of two passes of 4 rows the third bit of the row is set.
+    const auto offset = [](int pass) { return kHalfRows ? 0 : pass % 2 * 64; };
+    constexpr int kBatches = Shape::kKeys / (kBatch * kPassRows);
+    uint4 x[kBatch];
+    const auto load = [&](int batch) {  // of all panels
+        const uint32_t from = read + batch * (kBatch * kPassRows * 128);
 #pragma unroll
-            for (int pass = 0; pass < kBatch; ++pass) {
-                x[pass] = load_shared_16((from ^ offset(pass)) + pass * kPassRows * 128);
-            }
-            __syncwarp();
+        for (int pass = 0; pass < kBatch; ++pass) {
+            x[pass] = load_shared_16((from ^ offset(pass)) + pass * kPassRows * 128);
+        }
+    };
+    load(0);
+#pragma unroll 1
+    for (int batch = 0; batch < Shape::kBoxPanels * kBatches; ++batch) {
+        uint4 now[kBatch];
 #pragma unroll
-            for (int pass = 0; pass < kBatch; ++pass) {
-                if (first + pass * kPassRows + row >= keys) {
-                    x[pass] = make_uint4(0, 0, 0, 0);
-                }
-                uint4 left, right_half;
-                unpack_bytes<Byte, false>(x[pass].x, left.x, left.y);
-                unpack_bytes<Byte, false>(x[pass].y, left.z, left.w);
-                unpack_bytes<Byte, false>(x[pass].z, right_half.x, right_half.y);
-                unpack_bytes<Byte, false>(x[pass].w, right_half.z, right_half.w);
-                const uint32_t address = (to ^ offset(pass)) + pass * kPassRows * 128;
-                store_shared_16(address, left);
-                store_shared_16(address ^ 16, right_half);
+        for (int pass = 0; pass < kBatch; ++pass) {
+            now[pass] = x[pass];
+        }
+        __syncwarp();  // all have read the rows that are written now
+        if (batch + 1 < Shape::kBoxPanels * kBatches) {
+            load(batch + 1);
+        }
+        const int panel = batch / kBatches, first = batch % kBatches * kBatch * kPassRows;
+        const uint32_t to = write + panel * 2 * kPanelBytes + first * 128;
+#pragma unroll
+        for (int pass = 0; pass < kBatch; ++pass) {
+            if (first + pass * kPassRows + row >= keys) {
+                now[pass] = make_uint4(0, 0, 0, 0);
             }
+            uint4 left, right_half;
+            unpack_bytes<Byte, false>(now[pass].x, left.x, left.y);
+            unpack_bytes<Byte, false>(now[pass].y, left.z, left.w);
+            unpack_bytes<Byte, false>(now[pass].z, right_half.x, right_half.y);
+            unpack_bytes<Byte, false>(now[pass].w, right_half.z, right_half.w);
+            const uint32_t address = (to ^ offset(pass)) + pass * kPassRows * 128;
+            store_shared_16(address, left);
+            store_shared_16(address ^ 16, right_half);
         }
     }
 }
