@@ -59,7 +59,7 @@ struct Sm90Shape {
     static constexpr int kSlots = D <= 64 ? 1024 / kKeys : 5;
     static constexpr bool kHoldBack = kConsumers == 2;  // see hold_back()
     static constexpr int kSharedBytes = kQSlots * kQBytes + kSlots * kSlotBytes + 1024;
-    // 65,536 a block: of the consumers' share S takes kKeys / 2, O D / 2 and P kKeys / 4.
+    // Of a thread of each warpgroup together 504, or 512: of a consumer's S takes kKeys / 2, O D / 2 and P kKeys / 4.
     static constexpr int kProducerRegisters = kWidens ? (D == 256 ? 72 : 56) : kConsumers == 3 ? 32 : 40;
     static constexpr int kConsumerRegisters = (504 + 8 * (kConsumers == 3) - kProducerRegisters) / kConsumers / 8 * 8;
 };

@@ -42,6 +42,22 @@ def test_few_and_many_sequences(num_seqs, head_dim, device):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("kv_dtype", [None, *BYTES], ids=str)
+def test_one_sequence_of_few_rows(kv_dtype, head_dim, device):
+    """Of at most 8 packed rows: blocks of 8 warps, which take 128 keys at a time."""
+    for len_q, len_k in ((1, 1), (1, 127), (2, 129), (1, 2047), (2, 6000)):
+        batch = PagedBatch.random(
+            [(len_q, len_k)], device, heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16
+        )
+        if kv_dtype is None:
+            batch.check()
+            batch.check(window=70)
+        else:
+            batch, scales = with_bytes(batch, kv_dtype)
+            check_bytes(batch, **scales)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_seqs", [1, 40, 150])
 def test_steps_that_are_told_their_longest(num_seqs, head_dim, device):
     """Fewer kernels, and on Hopper two to four blocks an SM: bit for bit what comes untold."""
