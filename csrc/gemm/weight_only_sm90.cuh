@@ -1,7 +1,8 @@
-// out = x W^T + bias with W in 4 or 8 bits and x as it is, on Hopper: TMA, and wgmma with W as the operand in
-// registers.
+// out = x W^T + bias with W in 4 or 8 bits and x as it is, or of int4 in e4m3, on Hopper: TMA, and wgmma with W as the
+// operand in registers.
 //
-//   x [num_tokens, K]   W in units of 16 rows x 128 (weight_only.h)   bias [N]   out [num_tokens, N]   bf16 | fp16
+//   x [num_tokens, K] bf16 | fp16, or e4m3 with x_scales [num_tokens]   W in units of 16 rows x 128 (weight_only.h)
+//   bias [N]   out [num_tokens, N]   bf16 | fp16
 //
 // A tile is 128 rows of W times kN tokens. A block takes one after the other; those that are left over for a last
 // round, or all where there are few, are for clusters, whose blocks share a tile's K.
@@ -10,8 +11,9 @@
 //   ends.
 //   Consumers, 2 or 4 warpgroups of 64 rows: unpack 64 neighbours of W, the operands of four wgmmas, while others are
 //   multiplied. Weights are the codes themselves, less their zero points, and exact; sums of a chunk or of a group
-//   with a scale are multiplied by the scale and added in fp32.
-// Out is transposed by way of shared memory, 16 tokens at a time. Where a cluster shares K, each block leaves its sums
+//   with a scale are multiplied by the scale and added in fp32. For 256 tokens there are no registers for that:
+//   codes of x as it is are multiplied by their scales before, rounded; with e4m3 the tokens take turns by 128.
+// Out is transposed by way of shared memory, each warp on its own. Where a cluster shares K, each block leaves its sums
 // in its ring, and adds up those of its part of the tokens in the order of the blocks.
 //
 // FLOPs: 2 * K an element of out. Bytes: W once for kN tokens, from L2 but for the first; x once for 128 rows.
