@@ -327,11 +327,11 @@ def test_a_plan_that_rounds_activations_for_a_gpu(demo, name):
 
 def test_a_plan_of_int4_with_rounded_activations_for_a_gpu(demo):
     """Bytes and their scales go to the product with repacked weights; norms and silu_mul leave them."""
-    one = replace(demo.config, num_layers=1, sliding_window=())
-    plan = compile_model(one, quantization="int4-fp8@cuda")
+    plan, layers = compile_model(demo.config, quantization="int4-fp8@cuda"), demo.config.num_layers
     found = Counter(step.op for step in plan.steps)
-    assert found["quantized_linear"] == 4 and found["quantize"] == 1, "o's, behind attention"
-    assert found["silu_mul_quant"] == 1 and found["rms_norm_quant"] + found["add_rms_norm_quant"] == 2
+    assert found["quantized_linear"] == 4 * layers
+    assert found["quantize"] == found["silu_mul_quant"] == layers, "quantize is o's, behind attention"
+    assert found["rms_norm_quant"] + found["add_rms_norm_quant"] == 2 * layers
     step = next(step for step in plan.steps if step.op == "quantized_linear")
     bytes_, scales, packed, factors = step.inputs
     assert [plan.buffers[name].dtype for name in (bytes_, scales)] == ["float8_e4m3fn", "float32"]
