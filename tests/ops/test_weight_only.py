@@ -273,8 +273,8 @@ def test_every_tactic(name, tactic):
         ):
             ops.weight_only_linear(torch.ones(1, 128, device="cuda").bfloat16(), weight, tactic=tactic)
         return
-    # Tiles of 256 tokens round code x scale, as weights of 16 bits would be: an error of the terms, which a sum of
-    # them that comes out near 0 is no measure of.
+    # Tiles of 256 tokens round code x scale, as weights of 16 bits would be: an error of the terms, which a
+    # sum of them that comes out near 0 is no measure of.
     few = () if tokens_of_tile(tactic) == 256 else (1, 8, 13)
     for out_size, in_size in (SIZES[3], MANY_ROWS, SIZES[0]):
         if takes(name, in_size):
