@@ -5,7 +5,6 @@
 #include "attention/attention_sm90_widen.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/mbarrier.cuh"
-#include "common/ptx/mbarrier_test.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 
