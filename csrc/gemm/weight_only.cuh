@@ -48,7 +48,7 @@ struct WeightShape {
     static constexpr int kStageBytes = kRowTiles * kUnitBytes;  // of a warp
     static constexpr int kTokens = kTokenTiles * 8;
     // Sums of 16 rows and up to 16 tokens of all warps, twice: one is written while the other is read.
-    static constexpr int kMeetTiles = std::min(kTokenTiles, 2);
+    static constexpr int kMeetTiles = 2;
     static constexpr int kMeetStride = 20;  // floats: no two lanes of a warp write to one bank
     static constexpr int kMeetFloats = kWeightWarps * kMeetTiles * 8 * kMeetStride;
     static constexpr int kMeetBytes = 2 * kMeetFloats * 4;
@@ -77,8 +77,8 @@ __device__ __forceinline__ void store_sum(const WeightOnlyParams& p, float sum, 
     }
 }
 
-template <typename T, typename F, int kTokenTiles, int kRowTiles, int kBlocks>
-__global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(const WeightOnlyArgs args) {
+template <typename T, typename F, int kTokenTiles, int kRowTiles>
+__global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const WeightOnlyArgs args) {
     using Shape = WeightShape<F, kTokenTiles, kRowTiles>;
     constexpr bool kHasSums = F::kScaleSteps > 0;
     // The tokens are read a whole item ahead where there are registers for it, else one step of 32 along K or none.
@@ -366,30 +366,29 @@ __global__ void __launch_bounds__(kWeightThreads, kBlocks) weight_only_kernel(co
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
 // Blocks that share K: 2 where that makes a warp's work at least a tenth less, counted in units and, for each group it
-// begins, one more. Clusters of 4 were slower everywhere on an H200, and so were groups of twice the rows with one
-// block an SM. rows: tiles of 16 of a group.
-inline int choose_splits(const WeightOnlyParams& p, const Room& room, int rows, int blocks) {
+// begins, one more. Clusters of 4 were slower everywhere on an H200. rows: tiles of 16 of a group.
+inline int choose_splits(const WeightOnlyParams& p, const Room& room, int rows) {
     if (room.capability < 90 || p.tactic > 0) {
         return room.capability < 90 ? 1 : p.tactic;
     }
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const auto work = [&](int splits) {
-        const int64_t tiles = ceil_div(ceil_div(p.out_size, kUnitRows), std::max(room.num_sms * blocks / splits, 1));
+        const int64_t tiles = ceil_div(ceil_div(p.out_size, kUnitRows), std::max(room.num_sms / splits, 1));
         const int64_t chunks = ceil_div(ceil_div(ceil_div(p.in_size, kUnitSize), splits), kWeightWarps);
         return chunks * (tiles + ceil_div(tiles, rows));
     };
     return work(2) * 10 < work(1) * 9 ? 2 : 1;
 }
 
-template <typename T, typename F, int kTokenTiles, int kRowTiles, int kBlocks>
+template <typename T, typename F, int kTokenTiles, int kRowTiles>
 void launch_weight_only(const WeightOnlyParams& p, int splits, const Room& room, void* stream) {
     using Shape = WeightShape<F, kTokenTiles, kRowTiles>;
     const int64_t num_tiles = (p.out_size + kUnitRows - 1) / kUnitRows;
     const int64_t token_blocks = (p.num_tokens + Shape::kTokens - 1) / Shape::kTokens;
-    const int64_t limit = std::min(room.block_bytes, room.sm_bytes / kBlocks - 1024);
+    const int64_t limit = std::min(room.block_bytes, room.sm_bytes - 1024);
     int64_t clusters, kept;
     for (;; splits /= 2) {
-        clusters = std::min<int64_t>(num_tiles, std::max(room.num_sms * kBlocks / splits, 1));
+        clusters = std::min<int64_t>(num_tiles, std::max(room.num_sms / splits, 1));
         kept = splits > 1 ? (num_tiles + clusters - 1) / clusters : 0;
         if (splits == 1 || (kept < 64 && Shape::shared_bytes(2, static_cast<int>(kept)) <= limit)) {
             break;  // a cluster keeps all its sums until its end
@@ -399,7 +398,7 @@ void launch_weight_only(const WeightOnlyParams& p, int splits, const Room& room,
     while (num_stages > 2 && Shape::shared_bytes(num_stages, static_cast<int>(kept)) > limit) {
         --num_stages;
     }
-    launch(weight_only_kernel<T, F, kTokenTiles, kRowTiles, kBlocks>,
+    launch(weight_only_kernel<T, F, kTokenTiles, kRowTiles>,
            {.grid = dim3(static_cast<unsigned>(clusters * splits), static_cast<unsigned>(token_blocks)),
             .block = dim3(kWeightThreads),
             .shared_bytes = static_cast<size_t>(Shape::shared_bytes(num_stages, static_cast<int>(kept))),
@@ -411,13 +410,13 @@ void launch_weight_only(const WeightOnlyParams& p, int splits, const Room& room,
 template <typename T, typename F>
 void run_weight_only_more(const WeightOnlyParams& p, const Room& room, void* stream) {
     constexpr int kRows = F::kPieces == 2 ? 4 : 2;  // tiles of rows of a group: about 4 KB of a warp's ring
-    const int splits = choose_splits(p, room, kRows, 1);
+    const int splits = choose_splits(p, room, kRows);
     if (p.num_tokens <= 16) {
-        launch_weight_only<T, F, 2, kRows, 1>(p, splits, room, stream);
+        launch_weight_only<T, F, 2, kRows>(p, splits, room, stream);
     } else if (p.num_tokens <= 32) {
-        launch_weight_only<T, F, 4, 4, 1>(p, splits, room, stream);
+        launch_weight_only<T, F, 4, 4>(p, splits, room, stream);
     } else {
-        launch_weight_only<T, F, 8, 2, 1>(p, splits, room, stream);
+        launch_weight_only<T, F, 8, 2>(p, splits, room, stream);
     }
 }
 
