@@ -64,7 +64,7 @@ def find_scheme(name: str) -> Scheme:
     """The scheme called ``name``. Raises QuantizationError listing those there are."""
     if name.endswith(SUFFIX):
         inner = find_scheme(name.removesuffix(SUFFIX))
-        return Repacked(inner) if inner.activation is None or isinstance(inner, Int4Fp8) else Rounded(inner)
+        return Repacked(inner) if inner.activation is None or inner.weight_type == "int4" else Rounded(inner)
     if name in SCHEMES:
         return SCHEMES[name]()
     scheme = Int4Fp8.parse(name) or Int4.parse(name)
@@ -89,10 +89,10 @@ def on_cuda(name: str, capability: tuple[int, int]) -> str:
             f"quantised weights are for GPUs of compute capability 8.0 and later; this one has "
             f"{capability[0]}.{capability[1]}"
         )
-    if isinstance(scheme, Int4Fp8) and capability != _HOPPER:
+    if scheme.hopper_only and capability != _HOPPER:
         raise QuantizationError(
             f"{name} is for Hopper GPUs, of compute capability 9.0; this one has "
-            f"{capability[0]}.{capability[1]}, for which there is {scheme.weights.name}, "
+            f"{capability[0]}.{capability[1]}, for which there is {scheme.unrounded}, "
             "the same weights with activations as they are"
         )
     return name + SUFFIX
@@ -105,19 +105,16 @@ def stored_on_cuda(name: str, out_size: int, in_size: int, capability: tuple[int
     less exact: "fp8-weight@cuda" for "fp8".
     """
     scheme = find_scheme(name)
-    if isinstance(scheme, Int4Fp8) and capability != _HOPPER:
-        scheme = scheme.weights
-        name = scheme.name
-    rounded = on_cuda(name, capability)
+    if scheme.hopper_only and capability != _HOPPER:
+        scheme = find_scheme(scheme.unrounded)
+    rounded = on_cuda(scheme.name, capability)
     if scheme.activation is None:
         return rounded
     try:
         find_scheme(rounded).parts(out_size, in_size)
         return rounded
     except QuantizationError:
-        if isinstance(scheme, Int4Fp8):
-            return on_cuda(scheme.weights.name, capability)
-        return on_cuda(f"{name.removesuffix('-zeros')}-weight", capability)
+        return on_cuda(scheme.unrounded, capability)
 
 
 class _CallablePackage(ModuleType):

@@ -26,6 +26,10 @@ class Fp8(Scheme):
     def name(self) -> str:
         return "fp8"
 
+    @property
+    def unrounded(self) -> str:
+        return "fp8-weight"
+
     def block(self, in_size: int) -> tuple[int, int]:
         return 1, in_size
 

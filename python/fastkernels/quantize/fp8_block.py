@@ -29,6 +29,10 @@ class Fp8Block(Scheme):
     def name(self) -> str:
         return "fp8-block"
 
+    @property
+    def unrounded(self) -> str:
+        return "fp8-block-weight"
+
     def block(self, in_size: int) -> tuple[int, int]:
         return BLOCK, BLOCK
 

@@ -16,6 +16,7 @@ class Int4Fp8(Int4):
     """The parts of int4 without zero points; activations as ``ops.quantize(per="token", dtype=e4m3)``."""
 
     activation: ClassVar[Activation | None] = "e4m3"
+    hopper_only: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, name: str) -> Int4Fp8 | None:
@@ -26,10 +27,9 @@ class Int4Fp8(Int4):
         return cls(weights.group_size, False, weights.scale_dtype)
 
     @property
-    def weights(self) -> Int4:
-        """The scheme of the same parts that leaves activations as they are."""
-        return Int4(self.group_size, False, self.scale_dtype)
-
-    @property
     def name(self) -> str:
         return super().name + ENDING
+
+    @property
+    def unrounded(self) -> str:
+        return super().name

@@ -17,6 +17,10 @@ class Int8Weight(Scheme):
     def name(self) -> str:
         return "int8-weight"
 
+    @property
+    def unrounded(self) -> str:
+        return "int8-weight"
+
     def block(self, in_size: int) -> tuple[int, int]:
         return 1, in_size
 

@@ -41,15 +41,22 @@ class Scheme(ABC):
     scales:       [ceil(out_size / rows), ceil(in_size / size)], where rows x size is ``block(in_size)``
     zeros, global_scale: where the scheme has them
     activation:   what activations are rounded to before the product
+    hopper_only:  on a GPU, its kernel is for compute capability 9.0 alone
     """
 
     weight_type: ClassVar[WeightType]
     activation: ClassVar[Activation | None] = None
+    hopper_only: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def name(self) -> str:
         """As ``find_scheme`` takes it."""
+
+    @property
+    def unrounded(self) -> str:
+        """The scheme of the same weights that leaves activations as they are, by its name."""
+        return self.name
 
     @abstractmethod
     def block(self, in_size: int) -> tuple[int, int]:
