@@ -27,15 +27,17 @@ from fastkernels.models.presets import PRESETS
 
 @dataclass(frozen=True)
 class Setup:
-    """A model as it is run; quantization and head_quantization as LLM takes them."""
+    """A model as it is run, by the arguments that LLM takes."""
 
     model: str
     quantization: str | None = None
     head_quantization: str | None = None
+    kv_cache_dtype: str = "auto"
 
     def __str__(self) -> str:
         head = f", head {self.head_quantization}" if self.head_quantization else ""
-        return self.model + (f", {self.quantization}" if self.quantization else "") + head
+        cache = f", {self.kv_cache_dtype} KV cache" if self.kv_cache_dtype != "auto" else ""
+        return self.model + (f", {self.quantization}" if self.quantization else "") + head + cache
 
 
 # The first is measured in full and beside its peers. Setup -> (batch, tokens of context)
@@ -49,6 +51,10 @@ CASES: dict[Setup, list[tuple[int, int]]] = {
     Setup("llama-3.1-8b", "int8"): [(1, 128), (64, 1024)],
     Setup("llama-3.1-8b", "nvfp4"): [(1, 128), (64, 1024)],
     Setup("llama-3.1-8b", "mxfp4"): [(1, 128), (64, 1024)],
+    Setup("llama-3.1-8b", "int8-weight"): [(1, 128), (64, 1024)],
+    Setup("llama-3.1-8b", "int4-fp8"): [(1, 128), (64, 1024)],
+    Setup("llama-3.1-8b", kv_cache_dtype="e4m3"): [(1, 8192), (64, 1024), (128, 1024)],
+    Setup("llama-3.1-8b", "fp8", kv_cache_dtype="e4m3"): [(64, 1024), (256, 512)],
     Setup("qwen3-8b"): [(1, 128), (32, 1024), (128, 1024)],
     Setup("llama-3.2-1b"): [(1, 128), (32, 1024), (128, 1024)],
 }
@@ -114,6 +120,7 @@ def _measure_ours(
         random_weights=True,
         quantization=setup.quantization,
         head_quantization=setup.head_quantization,
+        kv_cache_dtype=setup.kv_cache_dtype,
         max_num_seqs=max((batch for batch, _ in cases), default=1),
         max_seq_len=max([context + many for _, context in cases] + [n + 1 for n in prefills]),
         kv_cache_fraction=0.85,
@@ -161,7 +168,7 @@ def _rows(
     model, weight_bytes = setup.model, _weight_bytes(setup)
     rows = []
     for (batch, context), us in ours.decode.items():
-        num_bytes = weight_bytes + batch * context * _kv_bytes_per_token(model)
+        num_bytes = weight_bytes + batch * context * _kv_bytes_per_token(setup)
         beside = {name: t.decode[batch, context] for name, t in peers.items() if (batch, context) in t.decode}
         peer = min(beside, key=beside.__getitem__, default="")
         rows.append(
@@ -221,9 +228,10 @@ def _weight_bytes(setup: Setup) -> int:
     return weights_bytes(plan, element_bytes=2) - table
 
 
-def _kv_bytes_per_token(model: str) -> int:
-    c = PRESETS[model]
-    return 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
+def _kv_bytes_per_token(setup: Setup) -> int:
+    c = PRESETS[setup.model]
+    element_bytes = 2 if setup.kv_cache_dtype == "auto" else 1
+    return 2 * element_bytes * c.num_layers * c.num_kv_heads * c.head_dim
 
 
 def _prefill_flops(model: str, num_tokens: int) -> int:

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
         tma_prefetch_map(args.k_map);
         tma_prefetch_map(args.v_map);
         for (int i = 0; i < Shape::kSlots; ++i) {
-            mbarrier_init(shared_address(&shared.full[i]), 1);
+            mbarrier_init(shared_address(&shared.full[i]), Shape::kWidens ? 32 : 1);
             mbarrier_init(shared_address(&shared.empty[i]), Shape::kConsumers * 4);
         }
         for (int i = 0; i < Shape::kQSlots; ++i) {

@@ -166,13 +166,6 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<Sh
                          panel * Shape::kBoxColumns, paged ? 0 : tile.kv_head, row, barrier);
             }
         };
-        const auto hand_on = [&] {  // what this warp wrote to the slot
-            fence_async_shared();
-            __syncwarp();
-            if (lane == 0) {
-                mbarrier_arrive(shared_address(&shared.full[place.slot]));
-            }
-        };
         int row = look_up(i);
         [[maybe_unused]] bool under_way = false;  // bytes of place i
 #pragma unroll 1
@@ -198,7 +191,8 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<Sh
                 mbarrier_wait(landed(num_landed), num_landed / 2 % 2);
                 ++num_landed;
                 widen<Shape>(p.kv_dtype, slot, keys, lane);
-                hand_on();
+                fence_async_shared();
+                mbarrier_arrive(shared_address(&shared.full[place.slot]));  // every lane, for what it wrote
             } else {
                 const bool zeroes = is_v(i) && keys < kKeys;
                 const uint32_t landed = shared_address(&shared.landed[warp - 1]);
@@ -214,7 +208,11 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<Sh
                             store_shared_16(slot + column * (kKeys * 128) + j * 16, make_uint4(0, 0, 0, 0));
                         }
                     }
-                    hand_on();
+                    fence_async_shared();
+                    __syncwarp();
+                    if (lane == 0) {
+                        mbarrier_arrive(shared_address(&shared.full[place.slot]));
+                    }
                 }
             }
             row = next_row;
