@@ -53,8 +53,8 @@ CASES: dict[Setup, list[tuple[int, int]]] = {
     Setup("llama-3.1-8b", "mxfp4"): [(1, 128), (64, 1024)],
     Setup("llama-3.1-8b", "int8-weight"): [(1, 128), (64, 1024)],
     Setup("llama-3.1-8b", "int4-fp8"): [(1, 128), (64, 1024)],
-    Setup("llama-3.1-8b", kv_cache_dtype="e4m3"): [(1, 8192), (64, 1024), (128, 1024)],
-    Setup("llama-3.1-8b", "fp8", kv_cache_dtype="e4m3"): [(64, 1024), (256, 512)],
+    Setup("llama-3.1-8b", kv_cache_dtype="fp8"): [(1, 8192), (64, 1024), (128, 1024)],
+    Setup("llama-3.1-8b", "fp8", kv_cache_dtype="fp8"): [(64, 1024), (256, 512)],
     Setup("qwen3-8b"): [(1, 128), (32, 1024), (128, 1024)],
     Setup("llama-3.2-1b"): [(1, 128), (32, 1024), (128, 1024)],
 }

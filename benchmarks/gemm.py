@@ -116,7 +116,8 @@ def _cases_of_any_gpu(shapes: Shapes, device: torch.device, is_hopper: bool, qui
                 tiles = math.ceil(num_tokens / 128) * math.ceil(out_size / 128)
                 tactic = FIRST_SM80_TACTIC + (tiles < num_sms) if is_hopper else -1
                 yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace, tactic)
-    for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:  # for one token Hopper's rule has it too
+    of_any_gpu = [scheme for scheme in WEIGHT_ONLY if find_scheme(scheme).activation is None]
+    for scheme in of_any_gpu[:1] if quick else of_any_gpu:  # for one token Hopper's rule has it too
         yield _weight_only_case(scheme, "gate_up", 64, *products["gate_up"], shapes.dtype, device, tactic=1)
 
 
@@ -285,8 +286,11 @@ def _weight_only_case(
     layout = Repacked(scheme)
 
     def by_torch(i: WeightOnlyInputs) -> Call:
-        full = scheme.dequantize(i.parts).to(dtype)
-        return lambda: torch.mm(i.x, full.t(), out=i.out)
+        full, x = scheme.dequantize(i.parts).to(dtype), taken(i).to(dtype)
+        return lambda: torch.mm(x, full.t(), out=i.out)
+
+    def taken(i: WeightOnlyInputs) -> torch.Tensor:
+        return i.x.float() if i.x_scales is None else i.rounded.float() * i.x_scales[:, None]
 
     def make() -> WeightOnlyInputs:
         x = torch.randn(num_tokens, in_size, dtype=dtype, device=device)
@@ -315,8 +319,7 @@ def _weight_only_case(
         )
 
     def expect(i: WeightOnlyInputs) -> torch.Tensor:
-        x = i.x.float() if i.x_scales is None else i.rounded.float() * i.x_scales[:, None]
-        return x @ scheme.dequantize(i.parts).t()
+        return taken(i) @ scheme.dequantize(i.parts).t()
 
     peers: dict[str, Callable[[WeightOnlyInputs], Call]] = {"torch mm of bf16": by_torch}
     if scheme_name == "int4" and (vllm := vllm_ops()) is not None:
