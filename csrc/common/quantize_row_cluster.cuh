@@ -1,5 +1,5 @@
 // A long row of floats to bytes with a scale of its own, by a cluster: for so few tokens that a block a row would leave
-// the GPU empty. quantize_rows.cuh has the rest, and says what a Source is.
+// most of the GPU empty. quantize_rows.cuh has the rest, and says what a Source is.
 //
 //   out  [num_tokens, size] e4m3 | int8 | e5m2     scales  [num_tokens]
 //
@@ -20,8 +20,9 @@ inline constexpr int kRowCluster = 8;
 inline constexpr int kRowClusterMaxThreads = 512;
 inline constexpr int64_t kRowClusterMinPieces = 1024;  // below, a block has a row as quickly
 
-inline bool suits_row_cluster(int64_t num_tokens, int64_t pieces) {
-    return num_tokens * kRowCluster <= num_sms() && pieces >= kRowClusterMinPieces &&
+// blocks_per_sm: more, and rows of a block each are as quick; activations, which have more to compute, gain longer.
+inline bool suits_row_cluster(int64_t num_tokens, int64_t pieces, int blocks_per_sm) {
+    return num_tokens * kRowCluster <= int64_t{blocks_per_sm} * num_sms() && pieces >= kRowClusterMinPieces &&
            pieces <= int64_t{kRowCluster} * kRowClusterMaxThreads && compute_capability() >= 90;
 }
 

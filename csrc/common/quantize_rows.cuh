@@ -148,7 +148,8 @@ void launch_quantize_to(const char* op, const Source& source, uintptr_t addresse
     check(rows.bytes.kind != ScaleKind::block || rows.size % kScaleBlock == 0, op, ": a row has ", rows.size,
           " elements, but blocks take a multiple of ", kScaleBlock);
     const int64_t pieces = rows.size / kVec;
-    if (rows.bytes.kind == ScaleKind::token && suits_row_cluster(rows.num_tokens, pieces)) {
+    constexpr int kClusterBlocks = Source::kKeepsFloats ? 4 : 1;
+    if (rows.bytes.kind == ScaleKind::token && suits_row_cluster(rows.num_tokens, pieces, kClusterBlocks)) {
         return launch_quantize_row_cluster<Byte, T>(source, static_cast<Byte*>(rows.out), rows.token_stride,
                                                     rows.bytes.scales, rows.num_tokens, rows.size, stream);
     }

@@ -11,7 +11,19 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BYTES = [torch.float8_e4m3fn, torch.int8]
 LARGEST = {torch.float8_e4m3fn: 448, torch.int8: 127, torch.float8_e5m2: 57344}
 PERS = ["tensor", "token", "block"]
-SHAPES = [(1, 128), (3, 256), (0, 128), (7, 4096), (1, 14336), (64, 1152), (2, 20480), (300, 384), (16, 8320)]
+SHAPES = [
+    (1, 128),
+    (3, 256),
+    (0, 128),
+    (7, 4096),
+    (1, 14336),
+    (64, 1152),
+    (2, 20480),
+    (300, 384),
+    (16, 8320),
+    (66, 8320),
+    (67, 8320),
+]
 EPS = 1e-5
 
 
