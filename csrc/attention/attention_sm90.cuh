@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
             mbarrier_init(shared_address(&shared.q_empty[i]),
                           Shape::kConsumers * 4 * kLanesArrive<Shape, kSoftCap> + Shape::kLoaders * 32);
         }
-        for (int i = 0; i < 2 * Shape::kLoaders; ++i) {
+        for (int i = 0; i < Shape::kLoaders; ++i) {
             mbarrier_init(shared_address(&shared.landed[i]), 1);
         }
         mbarrier_init(shared_address(&shared.q_landed), 1);

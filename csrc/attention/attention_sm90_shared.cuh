@@ -25,8 +25,8 @@ struct Sm90Shared {
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];
     uint64_t tile_full[Shape::kQSlots], q_full[Shape::kQSlots], q_empty[Shape::kQSlots];
-    uint64_t landed[2 * Shape::kLoaders];  // a block that its loader is to change before it is full; bytes: two in turn
-    uint64_t q_landed;                     // likewise Q
+    uint64_t landed[Shape::kLoaders];  // a block that its loader is to change before it is full
+    uint64_t q_landed;                 // likewise Q
     Tile tiles[Shape::kQSlots];
     WorkItem item;  // of the tile that warp 0 prepares
     int last;       // whether this block combines the tile's splits
