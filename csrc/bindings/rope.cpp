@@ -57,7 +57,8 @@ void rope(Tensor q, Tensor k, Tensor positions, Tensor cos_sin, bool interleaved
 }
 
 void rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, bool interleaved, Tensor kv_cache,
-                    Tensor slot_mapping, Tensor q_out, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
+                    Tensor slot_mapping, Tensor q_out, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
+                    std::optional<Tensor> k_offset) {
     RopeParams p = rope_params("rope_append_kv", q, k, positions, cos_sin, interleaved, q_out);
     check(v.dim() == 3 && v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2) &&
               dtype_of(v, "v") == p.dtype,
@@ -70,6 +71,13 @@ void rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_s
           "rope_append_kv: kv_cache must have the dtype of q, or e4m3, e5m2 or int8");
     p.k_scale = scales_of("rope_append_kv", "k_scale", k_scale, p.num_kv_heads);
     p.v_scale = scales_of("rope_append_kv", "v_scale", v_scale, p.num_kv_heads);
+    if (k_offset) {
+        check(dtype_of(*k_offset, "k_offset") == DType::f32 && k_offset->dim() == 2 &&
+                  k_offset->size(0) == p.num_kv_heads && k_offset->size(1) == p.head_dim && k_offset->is_contiguous() &&
+                  size_bytes(p.kv_dtype) == 1,
+              "rope_append_kv: k_offset must be contiguous fp32 [num_kv_heads, head_dim], and kv_cache of bytes");
+        p.k_offset = static_cast<const float*>(in(*k_offset));
+    }
     check(dtype_of(slot_mapping, "slot_mapping") == DType::i64 && slot_mapping.numel() == p.num_tokens &&
               slot_mapping.is_contiguous(),
           "rope_append_kv: slot_mapping must be contiguous int64 [num_tokens]");
@@ -97,8 +105,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
         "Tensor(b!) k_out) -> ()");
     m.def(
         "rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, bool interleaved, "
-        "Tensor(a!) kv_cache, Tensor slot_mapping, Tensor(b!) q_out, Tensor? k_scale=None, Tensor? v_scale=None) -> "
-        "()");
+        "Tensor(a!) kv_cache, Tensor slot_mapping, Tensor(b!) q_out, Tensor? k_scale=None, Tensor? v_scale=None, "
+        "Tensor? k_offset=None) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_rope)

@@ -14,18 +14,18 @@ template <typename T, typename Byte>
 void append_bytes(const RopeParams& p, int64_t token, int64_t slot, const float* cos_sin) {
     std::vector<T> turned(static_cast<size_t>(p.head_dim));
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-        const auto write = [&](int kv, const T* from, const float* scales) {
+        const auto write = [&](int kv, const T* from, const float* scales, const float* offset) {
             const float scale = scales != nullptr ? scales[head] : 1.0f;
             Byte* to = static_cast<Byte*>(p.kv_cache) +
                        kv_cache_offset(slot, kv, head, p.num_kv_heads, p.page_size, p.head_dim);
             for (int32_t i = 0; i < p.head_dim; ++i) {
-                to[i] = from_float<Byte>(to_float(from[i]) / scale);
+                to[i] = from_float<Byte>((to_float(from[i]) - (offset != nullptr ? offset[i] : 0.0f)) / scale);
             }
         };
         rotate_head(p, static_cast<const T*>(p.k) + token * p.k_token_stride + head * p.k_head_stride, turned.data(),
                     cos_sin);
-        write(0, turned.data(), p.k_scale);
-        write(1, static_cast<const T*>(p.v) + token * p.v_token_stride + head * p.v_head_stride, p.v_scale);
+        write(0, turned.data(), p.k_scale, p.k_offset != nullptr ? p.k_offset + head * p.head_dim : nullptr);
+        write(1, static_cast<const T*>(p.v) + token * p.v_token_stride + head * p.v_head_stride, p.v_scale, nullptr);
     }
 }
 

@@ -128,12 +128,22 @@ __global__ void __launch_bounds__(kRopeThreads, kRopeMinBlocks)
             if constexpr (kIsByte<Cache>) {
                 const float* scales = is_v ? p.v_scale : p.k_scale;
                 const float scale = scales != nullptr ? scales[kv_head] : 1.0f;
-                float x[kVec];
-                to_floats(first, x);
-                store_bytes<Cache>(cache, x, scale);
+                const auto store = [&](const Vec<T, kVec>& elements, int at) {
+                    float x[kVec];
+                    to_floats(elements, x);
+                    if (!is_v && p.k_offset != nullptr) {
+                        float offset[kVec];
+                        load_floats(p.k_offset + kv_head * p.head_dim + first_at + at, offset);
+#pragma unroll
+                        for (int i = 0; i < kVec; ++i) {
+                            x[i] -= offset[i];
+                        }
+                    }
+                    store_bytes<Cache>(cache + at, x, scale);
+                };
+                store(first, 0);
                 if (has_second) {
-                    to_floats(second, x);
-                    store_bytes<Cache>(cache + apart, x, scale);
+                    store(second, apart);
                 }
                 return;
             } else {
@@ -176,7 +186,7 @@ void launch_rope(const RopeParams& p, void* stream) {
     const auto address = reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k) |
                          reinterpret_cast<uintptr_t>(p.v) | reinterpret_cast<uintptr_t>(p.q_out) |
                          reinterpret_cast<uintptr_t>(p.k_out) | reinterpret_cast<uintptr_t>(p.kv_cache) |
-                         reinterpret_cast<uintptr_t>(p.cos_sin);
+                         reinterpret_cast<uintptr_t>(p.cos_sin) | reinterpret_cast<uintptr_t>(p.k_offset);
     const auto strides = p.q_token_stride | p.q_head_stride | p.k_token_stride | p.k_head_stride | p.v_token_stride |
                          p.v_head_stride | p.q_out_token_stride | p.q_out_head_stride | p.k_out_token_stride |
                          p.k_out_head_stride | p.head_dim | (p.rotary_dim / 2);

@@ -14,7 +14,7 @@ from rich.text import Text
 from fastkernels import _C
 from fastkernels.checkpoint import Checkpoint, model_folder
 from fastkernels.checkpoint.json_file import read_json_object
-from fastkernels.checkpoint.quantized import QuantizedWeights, quantization_config
+from fastkernels.checkpoint.quantized import QuantizedWeights, StoredKV, quantization_config
 from fastkernels.compiler import PASSES, Ledger, Plan, Step, compile_model, format_bytes
 from fastkernels.compiler.ledger import estimate
 from fastkernels.config import ConfigError, ModelConfig
@@ -63,6 +63,7 @@ def inspect(
     with failing_clearly():
         config = find_config(model)
         quantized = find_quantized(model)
+        kv = None if quantized is None else Checkpoint(model_folder(model)).kv
         element_bytes = _element_bytes(dtype, config)
         plan = compile_model(
             config,
@@ -70,7 +71,8 @@ def inspect(
             quantization=quantization,
             head_quantization=head_quantization,
             stored=None if quantized is None else quantized.linears,
-            kv_cache=_kv_cache(kv_cache_dtype, model),
+            kv_cache=_kv_cache(kv_cache_dtype, kv),
+            key_offsets=kv is not None and kv.offsets is not None,
         )
         seq_len = max_seq_len or config.max_position_embeddings
         ledger = estimate(
@@ -120,13 +122,11 @@ def find_quantized(model: str) -> QuantizedWeights | None:
     return Checkpoint(folder).quantized
 
 
-def _kv_cache(name: str, model: str) -> str:
-    """Dtype of the KV cache's elements, as plans have it."""
+def _kv_cache(name: str, kv: StoredKV | None) -> str:
+    """Dtype of the KV cache's elements, as plans have it. kv: what a quantised checkpoint says."""
     kinds = {kind: dtype for dtype, kind in KV_KINDS.items()}
     if name == "auto":
-        folder = model_folder(model)
-        kind = Checkpoint(folder).kv.kind if find_quantized(model) is not None else None
-        return "model" if kind is None else kinds[kind]
+        return "model" if kv is None or kv.kind is None else kinds[kv.kind]
     if name not in kinds:
         raise ConfigError(f"kv_cache_dtype is {name!r}; it must be auto, {', '.join(kinds)}")
     return kinds[name]

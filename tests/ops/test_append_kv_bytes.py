@@ -64,6 +64,10 @@ def test_matches_rope_then_append(
     ops.append_kv(k_rope, v, expected, slots, **scales)
     assert torch.equal(q_out, q_rope)
     assert_same_bytes(cache, expected)
+    offset = torch.randn(heads[1], head_dim, device=device)
+    ops.rope_append_kv(q, k, v, positions, table, interleaved, cache, slots, **scales, k_offset=offset)
+    ops.append_kv(k_rope.float() - offset, v.float(), expected, slots, **scales)
+    assert_same_bytes(cache, expected)
 
 
 @pytest.mark.parametrize("kv_dtype", BYTES, ids=str)
@@ -90,3 +94,16 @@ def test_refuses_what_it_does_not_take(device):
         ops.append_kv(k, k, cache, slots, k_scale=torch.ones(3, device=device))
     with pytest.raises(ValueError, match="v_scale is given, but kv_cache is fp32"):
         ops.append_kv(k, k, cache.float(), slots, v_scale=torch.ones(2, device=device))
+    turned = (k, k, k, slots, cos_sin_table(64, device), False)
+    for offset, message in (
+        (
+            torch.zeros(64, device=device),
+            r"k_offset has shape \[64\], but the op takes \[num_kv_heads, head_dim\]",
+        ),
+        (torch.zeros(2, 64, device=device).half(), "k_offset is fp16, but the op takes fp32"),
+        (torch.zeros(64, 2, device=device).t(), "k_offset must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.rope_append_kv(*turned, cache, slots, k_offset=offset)
+    with pytest.raises(ValueError, match="k_offset is given, but kv_cache is fp32"):
+        ops.rope_append_kv(*turned, cache.float(), slots, k_offset=torch.zeros(2, 64, device=device))

@@ -27,8 +27,27 @@ def test_the_largest_has_room_above_it(cache, device):
     observer, seen = observed(device)
     for which, scale in observer.scales(cache, "min-max").items():
         assert scale.shape == (1,) and scale.dtype == torch.float32
-        expected = seen[which].abs().amax() * HEADROOM[cache] / LARGEST[cache]
+        largest = seen[which].abs().amax()
+        if which == "k":
+            largest = max(largest, (seen["k"] - observer.key_offset()[:, None]).abs().amax())
+        expected = largest * HEADROOM[cache] / LARGEST[cache]
         torch.testing.assert_close(scale[0], expected)
+
+
+def test_keys_without_their_mean(device):
+    """Rounded so, keys that have one lose less; the rounding error of a mean is none of the scores'."""
+    torch.manual_seed(3)
+    observer, mean = KVObserver(), (torch.randn(4, 64) * 8).to(device)
+    x = torch.randn(6, 4, 500, 64, device=device) + mean[:, None]
+    for part in x.split(2):
+        observer("k", part)
+        observer("v", part)
+    offset = observer.key_offset()
+    assert offset.shape == (4, 64) and offset.dtype == torch.float32
+    torch.testing.assert_close(offset, x.double().mean((0, 2)).float())
+    scales = observer.scales("fp8")
+    plain, less = (RoundedKV(scales, "fp8", one)("k", x) - x for one in (None, offset))
+    assert less.square().mean() < 0.2 * plain.square().mean()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import fastkernels
@@ -150,6 +151,12 @@ def test_an_interrupted_run_goes_on(tmp_path, text, monkeypatch):
     for name in first.names():
         assert torch.equal(first.tensor(name), second.tensor(name)), name
     assert first.tensor("model.layers.1.self_attn.k_scale").item() > 0
+    assert first.kv.offsets is not None and second.kv.offsets is not None
+    offsets, again = load_file(first.kv.offsets), load_file(second.kv.offsets)
+    assert len(offsets) == 2 and offsets.keys() == again.keys()
+    assert all(torch.equal(offset, again[name]) for name, offset in offsets.items())
+    index = json.loads((second.path / "model.safetensors.index.json").read_text())
+    assert not any("k_offset" in name for name in index["weight_map"])  # for nobody else to read
 
 
 def test_the_memory_is_that_of_one_layer(tmp_path, text):

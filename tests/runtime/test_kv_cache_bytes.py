@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fastkernels import LLM, SamplingParams
 from fastkernels.checkpoint import DEMO_FOLDER, Checkpoint, CheckpointError
+from fastkernels.checkpoint.quantized.kv_cache import OFFSETS_FILE
 from fastkernels.checkpoint.weights import load_weights as load_definition
 from fastkernels.cli import app
 from fastkernels.config import ConfigError
@@ -54,21 +55,36 @@ def scales_of(kind: str, name: str = "{x}_scale") -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", params=KINDS)
+def write_offsets(folder: Path, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Of the keys of every layer."""
+    name = "model.layers.{}.self_attn.k_offset"
+    offsets = {name.format(layer): torch.randn(KV_HEADS, 64) * scale for layer in range(LAYERS)}
+    save_file(offsets, folder / OFFSETS_FILE)
+    return offsets
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "fp8 less offsets"])
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("kv") / request.param
-    return with_kv(folder, request.param, scales_of(request.param)), request.param
+    kind, _, offsets = request.param.partition(" less ")
+    folder = with_kv(tmp_path_factory.mktemp("kv") / kind, kind, scales_of(kind))
+    if offsets:
+        write_offsets(folder)
+    return folder, kind
 
 
 class RoundedAttention(nn.Module):
     """The definition's attention over keys and values as a cache gives them back."""
 
-    def __init__(self, attention: nn.Module, scales: list[torch.Tensor], weight_type: str) -> None:
+    def __init__(
+        self, attention: nn.Module, scales: list[torch.Tensor], weight_type: str, offset: torch.Tensor
+    ) -> None:
         super().__init__()
         self.attention, self.scales, self.weight_type = attention, scales, weight_type
+        self.offset = offset
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k = k - self.offset
         k, v = (
             nearest(x / scale.view(-1, 1), self.weight_type) * scale.view(-1, 1)
             for x, scale in zip((k, v), self.scales, strict=True)
@@ -77,7 +93,8 @@ class RoundedAttention(nn.Module):
 
 
 def definition_logits(folder: Path, kind: str, ids: list[int]) -> torch.Tensor:
-    checkpoint = Checkpoint(DEMO_FOLDER)
+    checkpoint, offsets = Checkpoint(DEMO_FOLDER), folder / OFFSETS_FILE
+    key_offsets = load_file(offsets) if offsets.exists() else {}
     with torch.device("meta"):
         model = build(checkpoint.config)
     load_definition(model, checkpoint, dtype=torch.float32)
@@ -85,7 +102,9 @@ def definition_logits(folder: Path, kind: str, ids: list[int]) -> torch.Tensor:
     for index, layer in enumerate(model.model.layers):
         names = [f"model.layers.{index}.self_attn.{x}_scale" for x in "kv"]
         scales = [Checkpoint(folder).tensor(name).float() for name in names]
-        layer.self_attn.attention = RoundedAttention(layer.self_attn.attention, scales, KINDS[kind][1])
+        offset = key_offsets.get(f"model.layers.{index}.self_attn.k_offset", torch.zeros(()))
+        attention = RoundedAttention(layer.self_attn.attention, scales, KINDS[kind][1], offset)
+        layer.self_attn.attention = attention
     with torch.inference_mode():
         return model(torch.tensor(ids), torch.arange(len(ids)))
 
@@ -193,7 +212,8 @@ def test_twice_the_pages_in_the_same_memory(stored, dtype):
         assert plain.ledger.kv_bytes_per_page == ratio * llm.ledger.kv_bytes_per_page
         assert llm.num_pages == ratio * plain.num_pages
         assert llm.ledger.kv_bytes == llm.num_pages * llm.ledger.kv_bytes_per_page <= 1 << 23
-        assert llm.ledger.weights_bytes == plain.ledger.weights_bytes + LAYERS * 2 * KV_HEADS * 4
+        offsets = 64 if (folder / OFFSETS_FILE).exists() else 0
+        assert llm.ledger.weights_bytes - plain.ledger.weights_bytes == LAYERS * (2 + offsets) * KV_HEADS * 4
 
 
 # --- what a checkpoint says ---------------------------------------------------------------------------------
@@ -270,6 +290,26 @@ def test_broken_scales_are_refused(tmp_path, scale, message):
     scales = {**scales_of("fp8"), "model.layers.3.self_attn.k_scale": scale}
     with pytest.raises(CheckpointError, match=message):
         LLM(with_kv(tmp_path / "kv", "fp8", scales), device="cpu", max_num_seqs=1)
+
+
+def test_offsets_of_keys(tmp_path):
+    """The plan has them where the file is there and the cache is of bytes; broken ones are refused."""
+    folder = with_kv(tmp_path / "kv", "fp8", scales_of("fp8"))
+    offsets = write_offsets(folder)
+    with LLM(folder, device="cpu", max_num_seqs=1) as llm:
+        assert set(offsets) <= set(llm.plan.weights)
+    with LLM(folder, device="cpu", max_num_seqs=1, kv_cache_dtype="fp32") as llm:
+        assert not set(offsets) & set(llm.plan.weights)
+    third = "model.layers.3.self_attn.k_offset"
+    for broken, message in (
+        (torch.zeros(KV_HEADS), rf"{third} has shape \[2\]; the model's is \[2, 64\]"),
+        (torch.full((KV_HEADS, 64), float("nan")), f"{third} holds NaN or infinity"),
+        (None, f"has no tensor '{third}'"),
+    ):
+        wrong = {name: x for name, x in {**offsets, third: broken}.items() if x is not None}
+        save_file(wrong, folder / OFFSETS_FILE)
+        with pytest.raises(CheckpointError, match=message):
+            LLM(folder, device="cpu", max_num_seqs=1)
 
 
 def test_random_weights_and_the_command_line(stored):

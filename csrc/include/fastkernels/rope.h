@@ -22,6 +22,9 @@ struct RopeParams {
     const int64_t* slot_mapping;  // [num_tokens]; rope_append_kv only; slots and scales as in kv_cache.h
     const float* k_scale;         // [num_kv_heads] or null; rope_append_kv only
     const float* v_scale;
+    // [num_kv_heads, head_dim] or null, of a cache of bytes: taken off the turned k before it is divided by its scale.
+    // What a query is worth to all its keys then changes by one number, which softmax does not see.
+    const float* k_offset;
     const void* positions;  // [num_tokens] of position_dtype
     const float* cos_sin;   // [max_position, rotary_dim], cosines in the first half of a row, sines in the second
     int64_t num_tokens, max_position, num_pages;

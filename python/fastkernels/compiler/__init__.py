@@ -42,6 +42,7 @@ def compile_model(
     head_quantization: str | None = None,
     stored: Mapping[str, StoredLinear] | None = None,
     kv_cache: str = "model",
+    key_offsets: bool = False,
 ) -> Plan:
     """The plan of the model that ``config`` describes.
 
@@ -51,6 +52,7 @@ def compile_model(
                      and of the head
     stored:          the linears that the checkpoint holds quantised, ``Checkpoint.quantized.linears``
     kv_cache:        dtype of the KV cache: "model", or a name of torch's, "float8_e4m3fn" or "int8"
+    key_offsets:     such a cache holds keys less the checkpoint's offsets (``StoredKV.offsets``)
     Raises UnknownPassError, UnsupportedModelError, QuantizationError, or CompileError naming what has no
     step.
     """
@@ -63,7 +65,7 @@ def compile_model(
         for name, linear in (stored or {}).items()
         if linear.scheme is not None
     }
-    schemes = Quantization(linears, head, held, kv_cache)
+    schemes = Quantization(linears, head, held, kv_cache, key_offsets)
     graph = replace(trace(config), quantization=schemes)
     kernels_before = count_kernels(graph)
     after_pass = {}

@@ -45,7 +45,8 @@ class WeightSpec:
     """One tensor of the engine and the checkpoint tensors it is made of.
 
     how: "copy" one source | "concat_rows": the sources one below the other (a merged projection) |
-         "kv_scale": the source, or what stands for it where the checkpoint has none
+         "kv_scale": the source, or what stands for it where the checkpoint has none | "key_offset": the
+         source, of the file that has these
     source_rows: size of the first dimension of each source
     dtype: "model" or a name of torch's
     quantized: what it is a part of, where it is one: shape and dtype are then the part's
@@ -53,7 +54,7 @@ class WeightSpec:
 
     name: str
     sources: tuple[str, ...]
-    how: Literal["copy", "concat_rows", "kv_scale"]
+    how: Literal["copy", "concat_rows", "kv_scale", "key_offset"]
     shape: tuple[int, ...]
     source_rows: tuple[int, ...]
     dtype: str = "model"
@@ -93,12 +94,14 @@ class Quantization:
 
     stored: of a quantised checkpoint, by the name of the weight; it goes before the others
     kv_cache: dtype of its elements, "model" or a name of torch's
+    key_offsets: a cache of bytes holds keys less what the checkpoint says
     """
 
     linears: Scheme | None = None
     head: Scheme | None = None
     stored: Mapping[str, StoredScheme] = field(default_factory=dict)
     kv_cache: str = "model"
+    key_offsets: bool = False
 
     def stored_of(self, spec: WeightSpec) -> StoredScheme | None:
         """Of merged weights, which are alike, the first one's."""

@@ -93,6 +93,21 @@ def check_scales(
         check_contiguous(op, **{name: scale})
 
 
+def check_key_offset(op: str, kv_cache: torch.Tensor, k_offset: torch.Tensor | None) -> None:
+    """What a cache of bytes holds its keys without."""
+    if k_offset is None:
+        return
+    require(
+        kv_cache.dtype in BYTE_DTYPES,
+        f"{op}: k_offset is given, but kv_cache is {dtype_name(kv_cache.dtype)}; it is for caches of "
+        + ", ".join(map(dtype_name, BYTE_DTYPES)),
+    )
+    check_dtype(op, "k_offset", k_offset, (torch.float32,))
+    check_shape(op, "k_offset", k_offset, (kv_cache.shape[2], kv_cache.shape[4]), "[num_kv_heads, head_dim]")
+    check_device(op, kv_cache=kv_cache, k_offset=k_offset)
+    check_contiguous(op, k_offset=k_offset)
+
+
 def check_range_in_debug(op: str, name: str, x: torch.Tensor, low: int, high: int, words: str) -> None:
     """With FASTKERNELS_DEBUG set: every element of x is in [low, high). It reads x, so it waits for the GPU.
 

@@ -71,9 +71,12 @@ def rope_append_kv(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    k_offset: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (q rotated, the new cache)."""
     q, k = rope(q, k, positions, cos_sin, interleaved)
+    if k_offset is not None:
+        k = k.float() - k_offset
     return q, append_kv(k, v, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
 
 

@@ -11,6 +11,7 @@ from fastkernels.ops.checks import (
     check_contiguous,
     check_device,
     check_dtype,
+    check_key_offset,
     check_last_contiguous,
     check_range_in_debug,
     check_shape,
@@ -108,6 +109,7 @@ def rope_append_kv(
     q_out: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    k_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """rope of q and k, then append_kv of the turned k and of v, in one kernel; k and v are not changed.
 
@@ -124,6 +126,9 @@ def rope_append_kv(
                   call must differ
     q_out:        like q, may be q itself; allocated when None
     k_scale, v_scale: as in ``append_kv``
+    k_offset:     fp32 [num_kv_heads, head_dim], contiguous, of a cache of one-byte elements: what is taken
+                  off the turned k before it is divided by k_scale. Attention stays what it is, since all
+                  scores of a query change alike; where it is the keys' mean, rounding them costs less
     Returns q_out. Computes in fp32 and rounds once; bitwise repeatable; safe in a CUDA graph. A position
     outside the table takes its nearest row and a slot past the cache is skipped; with FASTKERNELS_DEBUG set
     both raise.
@@ -141,8 +146,9 @@ def rope_append_kv(
     _check_rope("rope_append_kv", q, k, positions, cos_sin)
     check_cache("rope_append_kv", k, v, kv_cache, slot_mapping, k_scale, v_scale)
     check_device("rope_append_kv", q=q, kv_cache=kv_cache)
+    check_key_offset("rope_append_kv", kv_cache, k_offset)
     q_out = _check_out("rope_append_kv", "q_out", q_out, q, "q")
     torch.ops.fastkernels.rope_append_kv(
-        q, k, v, positions, cos_sin, interleaved, kv_cache, slot_mapping, q_out, k_scale, v_scale
+        q, k, v, positions, cos_sin, interleaved, kv_cache, slot_mapping, q_out, k_scale, v_scale, k_offset
     )
     return q_out

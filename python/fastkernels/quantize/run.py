@@ -305,8 +305,10 @@ class _Run:
         assert self.kv is not None
         attention, device = attention_of(layer), self.layers.device
         names = {which: f"{prefix}self_attn.{which}_scale" for which in ("k", "v")}
+        offset_name = f"{prefix}self_attn.k_offset"
         if restored:
             scales = {which: self.writer.plain(name).to(device) for which, name in names.items()}
+            offset = self.writer.key_offset(offset_name).to(device)
         else:
             observer = KVObserver()
             attention.kv_rounding = observer
@@ -317,7 +319,9 @@ class _Run:
             }
             for which, name in names.items():
                 self.writer.add_plain(name, scales[which])
-        attention.kv_rounding = RoundedKV(scales, self.kv)
+            offset = observer.key_offset()
+            self.writer.add_key_offset(offset_name, offset)
+        attention.kv_rounding = RoundedKV(scales, self.kv, offset)
 
     def _move(self, original: DecoderLayer, layer: DecoderLayer) -> float:
         """All streams through the layer; the error of the quantised one for the unquantised model's input."""

@@ -191,6 +191,7 @@ def compile_for(
         head_quantization=schemes[1],
         stored=stored,
         kv_cache=choose_kv_cache(options.kv_cache_dtype, kv, device, dtype),
+        key_offsets=kv is not None and kv.offsets is not None,
     )
 
 

@@ -52,6 +52,8 @@ def load_weights(
             stored = checkpoint.kv.read(spec.name, spec.shape[0], kv_kind(plan))
             missing = torch.full(spec.shape, _NO_KV_SCALE)
             return (missing if stored is None else stored).to(device)
+        if spec.how == "key_offset":
+            return checkpoint.kv.read_offset(spec.name, spec.shape).to(device)
         return _load(spec, checkpoint, torch.device(device), dtype)
 
     def load_as_stored(spec: WeightSpec) -> Tensor:
@@ -81,6 +83,8 @@ def random_weights(
     def make(spec: WeightSpec) -> Tensor:
         if spec.how == "kv_scale":
             return torch.full(spec.shape, _RANDOM_KV_SCALE[kv_kind(plan)], device=device)
+        if spec.how == "key_offset":
+            return torch.zeros(spec.shape, device=device)
         weight = torch.empty(spec.shape, dtype=dtype, device=device)
         if len(spec.shape) == 2:
             weight.normal_(0.0, spec.shape[1] ** -0.5, generator=generator)

@@ -5,23 +5,29 @@ compressed-tensors: quantization_config.kv_cache_scheme {"num_bits": 8, "type": 
 ModelOpt:           kv_cache_quant_algo "FP8", or kv_cache_scheme as above; self_attn.k_proj.k_scale
 AutoFP8 and others: "static" for a scheme, or none; self_attn.kv_scale for both, or k_scale
 A key is its code times the scale, which is one number, or one for each key-value head.
+
+Ours may also have OFFSETS_FILE, which its index does not name, so that nobody else reads it: the mean key of
+each head, model.layers.0.self_attn.k_offset [num_kv_heads, head_dim], that a cache holds keys without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastkernels.checkpoint.errors import CheckpointError
+from fastkernels.checkpoint.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from fastkernels.checkpoint.reader import Checkpoint
 
 KVKind = Literal["fp8", "int8"]
+OFFSETS_FILE = "key_offsets.safetensors"
 LARGEST_CODE: Mapping[KVKind, float] = {"fp8": 448.0, "int8": 127.0}
 _LEAVES = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale", "k_zero_point", "v_zero_point")
 _ATTENTION = (".self_attn", ".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", ".self_attn.attn")
@@ -40,12 +46,14 @@ class StoredKV:
     """kind:   of the cache that the checkpoint's scales are for; None: it has none that an engine could use
     unread:    what it asks for instead, in words; None where that is nothing
     names:     "model.layers.0.self_attn.k_scale" and so on -> the tensor that holds it
+    offsets:   the file of keys' offsets; None: there is none, or no cache it would be for
     """
 
     checkpoint: Checkpoint
     kind: KVKind | None
     unread: str | None
     names: Mapping[str, str]
+    offsets: Path | None = None
 
     def read(self, name: str, num_kv_heads: int, kind: KVKind) -> Tensor | None:
         """fp32 [num_kv_heads], by the name of ``names``; None where it holds none.
@@ -68,6 +76,22 @@ class StoredKV:
         scale = scale * (LARGEST_CODE[self.kind or "fp8"] / LARGEST_CODE[kind])
         return scale.expand(num_kv_heads).contiguous()
 
+    def read_offset(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """fp32, from the file of offsets. Raises CheckpointError where it has none, another shape, or one
+        that is not finite."""
+        assert self.offsets is not None
+        file = SafetensorsFile(self.offsets)
+        if name not in file.entries:
+            raise CheckpointError(f"{self.offsets} has no tensor {name!r}; without the file there are none")
+        offset = file.tensor(name).float()
+        if tuple(offset.shape) != shape:
+            raise CheckpointError(
+                f"{self.offsets}: {name} has shape {list(offset.shape)}; the model's is {list(shape)}"
+            )
+        if not bool(torch.isfinite(offset).all()):
+            raise CheckpointError(f"{self.offsets}: {name} holds NaN or infinity")
+        return offset
+
 
 def open_kv(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> StoredKV:
     """config: the quantization_config, of any tool, or None. Looks at names only."""
@@ -84,7 +108,8 @@ def open_kv(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> StoredK
         keep = () if unread else (n for n in names if not names[n].endswith(".output_scale"))
         names = {name: names[name] for name in keep}
         kind = "fp8" if names else None
-    return StoredKV(checkpoint, kind, unread, names)
+    offsets = checkpoint.path / OFFSETS_FILE
+    return StoredKV(checkpoint, kind, unread, names, offsets if kind and offsets.is_file() else None)
 
 
 def _kind(config: Mapping[str, Any]) -> tuple[KVKind | None, str | None]:

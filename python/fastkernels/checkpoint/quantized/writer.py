@@ -18,7 +18,7 @@ from fastkernels.checkpoint.errors import CheckpointError
 from fastkernels.checkpoint.json_file import read_json_object
 from fastkernels.checkpoint.quantized.compressed_tensors import read_compressed_tensors
 from fastkernels.checkpoint.quantized.encode import encode, encoding_of
-from fastkernels.checkpoint.quantized.kv_cache import is_kv_scale
+from fastkernels.checkpoint.quantized.kv_cache import OFFSETS_FILE, is_kv_scale
 from fastkernels.checkpoint.quantized.stored import Module, StoredLinear
 from fastkernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from fastkernels.checkpoint.safetensors_file import SafetensorsFile
@@ -49,7 +49,8 @@ class QuantizedWriter:
                 ``fastkernels.quantize.find_scheme`` takes it, of every linear that will be added; those that
                 are not named stay as they are
     kv_cache:   "fp8" or "int8" writes a kv_cache_scheme; its scales come through ``add_plain`` as
-                ``model.layers.<n>.self_attn.k_scale`` and ``v_scale``, fp32 [1], value = code * scale
+                ``model.layers.<n>.self_attn.k_scale`` and ``v_scale``, fp32 [1], value = code * scale;
+                what keys are less by may come through ``add_key_offset``
     settings:   whatever else must be the same to go on where an interrupted run was (JSON); kept in
                 progress.json only
     Raises CheckpointError where out_dir is taken, where an interrupted run there had other arguments, for a
@@ -89,6 +90,7 @@ class QuantizedWriter:
             encoding_of(scheme)
         self._added: dict[str, Tensor] = {}  # since the last flush, by the names they get
         self._names: list[str] = []  # the same by the names they were added under
+        self._offsets: dict[str, Tensor] = {}  # all so far: they are small
         self._begin(settings)
 
     @property
@@ -157,6 +159,14 @@ class QuantizedWriter:
         self._added[name] = tensor.detach().cpu().contiguous()
         self._names.append(name)
 
+    def add_key_offset(self, name: str, offset: Tensor) -> None:
+        """``model.layers.<n>.self_attn.k_offset``, fp32 [num_kv_heads, head_dim], for a file of its own."""
+        self._offsets[name] = offset.detach().cpu().contiguous()
+
+    def key_offset(self, name: str) -> Tensor:
+        """One that an earlier flush wrote, read back."""
+        return self._offsets[name]
+
     def flush(self, notes: Mapping[str, Any] | None = None) -> None:
         """Writes what was added since the last flush as one shard; from here a next run goes on.
 
@@ -164,10 +174,9 @@ class QuantizedWriter:
         """
         with self._writing():
             if self._added:
-                path = self._shard_path(len(self._progress["shards"]) + 1)
-                unfinished = path.with_suffix(".unfinished")
-                save_file(self._added, unfinished, metadata={"format": "pt"})
-                unfinished.rename(path)
+                self._save(self._added, self._shard_path(len(self._progress["shards"]) + 1))
+                if self._offsets:
+                    self._save(self._offsets, self._partial / OFFSETS_FILE)
                 self._progress["shards"].append(self._names)
                 self._added, self._names = {}, []
             self._progress["notes"] |= notes or {}
@@ -230,11 +239,19 @@ class QuantizedWriter:
                         f"{self._partial} is of an interrupted run with other {which}; remove it to start "
                         "again"
                     )
+            if (self._partial / OFFSETS_FILE).is_file():
+                offsets = SafetensorsFile(self._partial / OFFSETS_FILE)
+                self._offsets = {name: offsets.tensor(name).clone() for name in offsets.entries}
             return
         with self._writing():
             self._partial.mkdir(parents=True, exist_ok=True)
             self._progress = {"arguments": arguments, "shards": [], "notes": {}}
             self._save_progress()
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
+        unfinished = path.with_suffix(".unfinished")
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.rename(path)
 
     def _claim(self, name: str) -> None:
         if name in self._names or name in self.done:
@@ -265,7 +282,7 @@ class QuantizedWriter:
 
     def _name_shards(self) -> None:
         count = len(self._progress["shards"])
-        if count == 1:
+        if count == 1 and not self._offsets:  # without an index others would read the file of offsets too
             self._shard_path(1).rename(self._partial / SINGLE_FILE)
             return
         weight_map: dict[str, str] = {}
