@@ -20,6 +20,11 @@ bool weight_only_sm90_split(const WeightOnlyParams& p, void* stream) {
     if (p.num_tokens <= 8 || p.num_tokens > kSplitTokens) {
         return false;
     }
+    // By timings on an H200 (docs/kernels/gemm.md): e2m1, which is more work to unpack, where there are many rows.
+    const bool is_e2m1 = p.format == PackedFormat::nvfp4 || p.format == PackedFormat::mxfp4;
+    if (is_e2m1 && p.out_size < int64_t{kWeightTileRows} * num_sms()) {
+        return false;
+    }
     switch (p.format) {
         case PackedFormat::int4_g128: return run_weight_only_split<Int4<128, false>>(p, stream);
         case PackedFormat::int4_g64: return run_weight_only_split<Int4<64, false>>(p, stream);

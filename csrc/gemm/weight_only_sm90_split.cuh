@@ -361,7 +361,10 @@ bool launch_weight_only_split(const WeightOnlyParams& p, void* stream) {
     const int tiles = ceil_div(num_tiles, clusters);
     const int x_stride = ceil_div(chunks, kSplitBlocks) * kUnitSize * 2 + Shape::kPad;
     const int room = limit - Shape::other_bytes(tiles, x_stride);
-    const int slots = std::min(room / (kSplitWarps * Shape::kSlotBytes), kSplitMostSlots);
+    // A ring that holds all of a warp's share, or else 2 slots: the more of W is under way before x, the later x comes.
+    const int share = ceil_div((tiles + 1) / 2 * ceil_div(chunks, kSplitBlocks), kSplitWarps);
+    const int slots =
+        std::min(room / (kSplitWarps * Shape::kSlotBytes), share <= kSplitMostSlots ? kSplitMostSlots : 2);
     if (slots < 2) {
         return false;
     }
