@@ -25,6 +25,9 @@ void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
           "weight_only_linear: weights for x in e4m3 are for Hopper GPUs (sm_90a), builds with its architecture, and "
           "tactics from ",
           kWeightOnlyFewTactics + 1, " on");
+    if (p.tactic == 0 && weight_only_sm90_runs() && weight_only_sm90_split(p, stream)) {
+        return;
+    }
     const int tactic = p.tactic > 0 || !weight_only_sm90_runs() ? p.tactic : weight_only_sm90_tactic(p);
     if (tactic > kWeightOnlyFewTactics) {
         check(weight_only_sm90_runs(), "weight_only_linear: tactic is ", tactic, ", but those from ",

@@ -43,6 +43,9 @@ struct WeightOnlyTileArgs {
 
 // Of the current device: whether the kernel runs there.
 bool weight_only_sm90_runs();
+// The kernel for 9 to 16 tokens and weights of 4 bits. False, and nothing is launched, where that is not what p is, or
+// where there is no room for it.
+bool weight_only_sm90_split(const WeightOnlyParams& p, void* stream);
 // 1 to kWeightOnlyTactics, the fastest by rule; 0: the kernel for few tokens chooses.
 int weight_only_sm90_tactic(const WeightOnlyParams& p);
 void weight_only_sm90(const WeightOnlyParams& p, const WeightOnlyTile& tile, void* stream);

@@ -291,6 +291,16 @@ def test_whole_rounds_and_what_is_left(tactic):
 
 @on_cuda
 @pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_four_that_share_k(name):
+    """9 to 16 tokens of 4 bits on Hopper: as many chunks as blocks or more, pairs of tiles that are less than
+    a warp's share or more, an odd tile, a K that a block has no room for."""
+    for out_size, in_size in ((16, 512), (1000, 768), (3200, 1280), (17000, 512), (50, 9216), (33, 33024)):
+        if takes(name, in_size):
+            check(name, (9, 12, 16), out_size, in_size, torch.float16, 0)
+
+
+@on_cuda
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_token_does_not_depend_on_the_others(name):
     given = moved(operands(FORMATS[name], 16, 70, 1024, torch.bfloat16))
     weight = repack(given)
@@ -306,6 +316,9 @@ def test_a_token_does_not_depend_on_the_others(name):
             for first, last in parts:
                 some = ops.weight_only_linear(given["x"][first:last], weight, tactic=tactic)
                 assert torch.equal(some, together[first:last])
+    together = ops.weight_only_linear(given["x"], weight)
+    for first, last in ranges[16]:
+        assert torch.equal(ops.weight_only_linear(given["x"][first:last], weight), together[first:last])
     for tactic in (4, 14, *((17,) if has_tactic(name, 17) else ())) if hopper else ():
         together = ops.weight_only_linear(given["x"], weight, tactic=tactic)
         for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
