@@ -281,7 +281,8 @@ void token_weight_only_linear(Tensor x, std::optional<Tensor> norm_weight, doubl
               row_factors.numel() == y.size(1) * (gated ? 2 : 1),
           "token_weight_only_linear: x must be [1, in_size], out [1, out_size] and row_factors [out_size], or with a "
           "gate [2 * out_size]");
-    check(x.stride(1) == 1 && y.stride(1) == 1, "token_weight_only_linear: the last dimension of x and out must be "
+    check(x.stride(1) == 1 && y.stride(1) == 1,
+          "token_weight_only_linear: the last dimension of x and out must be "
           "contiguous");
     check(format >= 0 && format < kNumPackedFormats && x.size(1) <= kQuantizedMaxInSize,
           "token_weight_only_linear: there is no such format, or x has more than ", kQuantizedMaxInSize, " columns");
@@ -292,8 +293,8 @@ void token_weight_only_linear(Tensor x, std::optional<Tensor> norm_weight, doubl
     p.format = static_cast<PackedFormat>(format);
     p.dtype = dtype_of(y, "out");
     check(dtype_of(x, "x") == p.dtype &&
-              (!norm_weight || (dtype_of(*norm_weight, "norm_weight") == p.dtype &&
-                                norm_weight->numel() == x.size(1) && norm_weight->is_contiguous())) &&
+              (!norm_weight || (dtype_of(*norm_weight, "norm_weight") == p.dtype && norm_weight->numel() == x.size(1) &&
+                                norm_weight->is_contiguous())) &&
               (!bias || (dtype_of(*bias, "bias") == p.dtype && bias->numel() == row_factors.numel())),
           "token_weight_only_linear: norm_weight [in_size], bias, of as many as row_factors, and out must have the "
           "dtype of x");

@@ -69,8 +69,9 @@ void token_weight_only_linear_cuda(const WeightOnlyParams& p, const TokenSides& 
                          reinterpret_cast<uintptr_t>(sides.norm.weight);
     check(p.num_tokens == 1 && !takes_e4m3(p.format) && p.tactic >= 0 && p.tactic <= kWeightOnlyFewTactics,
           "token_weight_only_linear: the op takes one token, x as it is, and tactics up to ", kWeightOnlyFewTactics);
-    check(address % 16 == 0 && p.in_size % 8 == 0,
-          "token_weight_only_linear: x, norm_weight and packed must be aligned to 16 bytes, and in_size a multiple of 8");
+    check(
+        address % 16 == 0 && p.in_size % 8 == 0,
+        "token_weight_only_linear: x, norm_weight and packed must be aligned to 16 bytes, and in_size a multiple of 8");
     check(!sides.gated || p.out_size % kUnitRows == 0, "token_weight_only_linear: out_size is ", p.out_size,
           "; where gate and up are multiplied it must be a multiple of ", kUnitRows);
     run(p, sides, stream);

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     float* sums = reinterpret_cast<float*>(shared + warps * (kRingBytes + Product::slot_bytes(num_tokens)));
     // Of a warp: [group_tiles][token][8 of g][row g, row g + 8]
     const int tile_floats = num_tokens * kUnitRows, warp_floats = group_tiles * tile_floats;
-    float* factors = sums + warps * warp_floats;           // [my_tiles][16]
+    float* factors = sums + warps * warp_floats;                         // [my_tiles][16]
     float* squares = factors + ((args.tiles + 1) << gated) * kUnitRows;  // [warps], of x
     float* kept = squares + kFewWarps;  // [my_tiles][token][8 of g][2], where a cluster shares K
 
@@ -403,16 +403,15 @@ bool launch_few(const WeightOnlyParams& p, const TokenSides& sides, int splits, 
     }
     // All that a block may have: with less the split between L1 and shared memory would change from product to product,
     // for which an SM has to be empty, and other products' blocks would come beside this one.
-    launch(
-        weight_only_few_kernel<Product, kSlots>,
-        {.grid = dim3(static_cast<unsigned>(clusters * splits)),
-         .block = dim3(static_cast<unsigned>(warps * 32)),
-         .shared_bytes = static_cast<size_t>(limit),
-         .pdl = true,
-         .cluster = static_cast<unsigned>(splits)},
-        stream,
-        FewArgs{p, sides, splits, chunks, num_tiles / clusters, num_tiles % clusters,
-                ceil_div(tiles, ceil_div(tiles, fit)) * parts});
+    launch(weight_only_few_kernel<Product, kSlots>,
+           {.grid = dim3(static_cast<unsigned>(clusters * splits)),
+            .block = dim3(static_cast<unsigned>(warps * 32)),
+            .shared_bytes = static_cast<size_t>(limit),
+            .pdl = true,
+            .cluster = static_cast<unsigned>(splits)},
+           stream,
+           FewArgs{p, sides, splits, chunks, num_tiles / clusters, num_tiles % clusters,
+                   ceil_div(tiles, ceil_div(tiles, fit)) * parts});
     return true;
 }
 

@@ -1,4 +1,4 @@
-"""The product of one token and a weight of 4 or 8 bits with what stands about it in a decode step. CUDA only."""
+"""One token's product with a weight of 4 or 8 bits and what stands about it in a decode step. CUDA only."""
 
 from functools import cache
 from typing import Any
@@ -15,8 +15,8 @@ from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 pytestmark = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 
 EPS = 1e-5
-# out_size, in_size: fewer chunks of 128 than warps, more, with tails (of schemes with a scale a row), more tiles of 16
-# rows than SMs, and so many chunks that two blocks share them
+# out_size, in_size: fewer chunks of 128 than warps, more, with tails (of schemes with a scale a row), more
+# tiles of 16 rows than SMs, and so many chunks that two blocks share them
 SIZES = [(1, 128), (17, 256), (129, 2304), (50, 1160), (4100, 512), (24, 12544)]
 GATED = [(16, 128), (48, 2304), (16, 1160), (2160, 512), (32, 12544)]  # of the result
 
@@ -118,7 +118,9 @@ def test_gate(name, dtype, normed):
 def test_what_lies_beside_out_stays():
     given, weight, _ = prepared("int4-g128", 100, 256, torch.bfloat16)
     wide = poisoned(1, 128, dtype=torch.bfloat16, device="cuda")
-    ops.token_weight_only_linear(given["x"], weight, norm_weight=torch.ones_like(given["x"][0]), out=wide[:, 8:108])
+    ops.token_weight_only_linear(
+        given["x"], weight, norm_weight=torch.ones_like(given["x"][0]), out=wide[:, 8:108]
+    )
     assert wide[:, :8].isnan().all() and wide[:, 108:].isnan().all() and wide[:, 8:108].isfinite().all()
 
 
@@ -152,7 +154,9 @@ def test_behind_other_kernels_of_a_graph():
         for _ in range(4):
             run_one(residual, weights["qkv"], norm_weight=norm, constant_weight=True, out=between)
             run_one(between, weights["o"], adds=True, constant_weight=True, out=residual)
-            run_one(residual, weights["gate_up"], norm_weight=norm, gated=True, constant_weight=True, out=wide)
+            run_one(
+                residual, weights["gate_up"], norm_weight=norm, gated=True, constant_weight=True, out=wide
+            )
             run_one(wide, weights["down"], adds=True, constant_weight=True, out=residual)
 
     start = residual.clone()

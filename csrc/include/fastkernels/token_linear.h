@@ -25,8 +25,8 @@ struct TokenSides {
     bool gated = false;  // out = silu(gate) * up; the weight has out_size rows of the gate, then as many of up
 };
 
-// p: of one token, and not of a format for x in e4m3; out_size is that of out, gated a multiple of 16; tactic: 0, or one
-// for few tokens.
+// p: of one token, and not of a format for x in e4m3; out_size is that of out, gated a multiple of 16; tactic: 0, or
+// one for few tokens.
 void token_weight_only_linear_cuda(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 
 }  // namespace fastkernels

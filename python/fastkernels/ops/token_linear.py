@@ -114,12 +114,12 @@ def token_weight_only_linear(
     tactic: int = 0,
     constant_weight: bool = False,
 ) -> torch.Tensor:
-    """``weight_only_linear`` of one token, of a row that is normalised first, added to what out holds, or with
-    the gate of ``silu_mul`` behind it.
+    """``weight_only_linear`` of one token: of a row that is normalised first, added to what out holds, or
+    with the gate of ``silu_mul`` behind it.
 
     x:           [1, in_size] bf16 | fp16, in_size a multiple of 8 up to 131072; begins on 16 bytes
-    weight:      of ``repack_for_cuda``, neither for "e4m3" nor with a permutation; gated: the rows of the gate,
-                 then as many of up
+    weight:      of ``repack_for_cuda``, neither for "e4m3" nor with a permutation; gated: the rows of the
+                 gate, then as many of up
     bias:        of as many numbers as weight has rows, dtype of x, or None
     norm_weight: [in_size], dtype of x: what is multiplied is ``rms_norm(x, norm_weight, eps)``; or None
     adds:        the result is rounded, as where a norm adds it, and added to what out holds
@@ -128,8 +128,8 @@ def token_weight_only_linear(
     constant_weight: promises that no kernel still running in the stream writes weight or norm_weight: on
                  Hopper they are then read while the kernel before this one ends
     out:         [1, out_size], dtype of x, not x, last dimension contiguous
-    Returns out. CUDA only; bitwise repeatable; safe in a CUDA graph. The norm's sum is added up in an order of
-    its own; everything else is as the ops that it stands for have it.
+    Returns out. CUDA only; bitwise repeatable; safe in a CUDA graph. The norm's sum is added up in an order
+    of its own, and in bf16 x is divided by its root mean square behind the product.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernel: csrc/gemm/weight_only_few.cuh
     """

@@ -56,8 +56,8 @@ class Products:
         return self.choices.tactic(product, inputs[0].shape[0])
 
     def streams_bytes(self, product: Product) -> bool:
-        """Whether a kernel for few tokens has one token of it: linear's, with bytes and a scale a row, or that
-        of weights of 4 and 8 bits."""
+        """Whether a kernel for few tokens has one token of it: linear's, with bytes and a scale a row, or
+        that of weights of 4 and 8 bits."""
         tactic = self.choices.tactic(product, 1)
         if product.op == "quantized_linear":
             is_few = tactic.number in range(ops.WEIGHT_ONLY_FEW_TACTICS + 1)

@@ -4,10 +4,10 @@
     y = matmul(a);  bytes, r = add_rms_norm_quant(y, r);             ->   r += token_linear(a)
     z = matmul(bytes)                                                     z = token_linear(r, norm)
 
-And so with ``quantized_linear``, the norms that write 16 bits, and ``token_weight_only_linear``, which has the
-gate too:
+And so with ``quantized_linear``, the norms that write 16 bits, and ``token_weight_only_linear``, which has
+the gate too:
 
-    z = quantized_linear(x);  h = silu_mul(z)                        ->   h = token_weight_only_linear(x, gated)
+    z = quantized_linear(x);  h = silu_mul(z)             ->   h = token_weight_only_linear(x, gated)
 
 A norm of one row takes little time, but a launch, and every block of the product behind it can compute it
 for itself while its weights are on their way. With more tokens the blocks would read more of x than of the
@@ -113,7 +113,7 @@ def _normalised(norm: Step) -> str:
 def _of_one_token(product: Step, norm: Step | None, behind: Step | None) -> Step:
     """product with the norm before it, and with the addition of a norm or the gate behind it."""
     gated = behind is not None and behind.op == "silu_mul"
-    attributes: dict[str, object] = {
+    attributes: dict[str, int | float | str | bool | None] = {
         **product.attributes,
         "normed": norm is not None,
         "adds": behind is not None and not gated,
