@@ -272,6 +272,57 @@ void token_linear(Tensor x, std::optional<Tensor> x_scales, std::optional<Tensor
     fail("token_linear: the op runs on CUDA only; rms_norm_quant and quantized_linear on the CPU too");
 }
 
+// norm_weight: of a norm before the product; gated: packed has the rows of the gate, then those of up
+void token_weight_only_linear(Tensor x, std::optional<Tensor> norm_weight, double eps, Tensor packed,
+                              Tensor row_factors, std::optional<Tensor> bias, int64_t format, int64_t tactic,
+                              bool constant_weight, bool adds, bool gated, Tensor y) {
+    using torch::headeronly::ScalarType;
+    check(x.dim() == 2 && y.dim() == 2 && x.size(0) == 1 && y.size(0) == 1 &&
+              row_factors.numel() == y.size(1) * (gated ? 2 : 1),
+          "token_weight_only_linear: x must be [1, in_size], out [1, out_size] and row_factors [out_size], or with a "
+          "gate [2 * out_size]");
+    check(x.stride(1) == 1 && y.stride(1) == 1,
+          "token_weight_only_linear: the last dimension of x and out must be "
+          "contiguous");
+    check(format >= 0 && format < kNumPackedFormats && x.size(1) <= kQuantizedMaxInSize,
+          "token_weight_only_linear: there is no such format, or x has more than ", kQuantizedMaxInSize, " columns");
+    check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+              row_factors.scalar_type() == ScalarType::Float && row_factors.is_contiguous(),
+          "token_weight_only_linear: packed must be contiguous uint8, and row_factors contiguous fp32");
+    WeightOnlyParams p{};
+    p.format = static_cast<PackedFormat>(format);
+    p.dtype = dtype_of(y, "out");
+    check(dtype_of(x, "x") == p.dtype &&
+              (!norm_weight || (dtype_of(*norm_weight, "norm_weight") == p.dtype && norm_weight->numel() == x.size(1) &&
+                                norm_weight->is_contiguous())) &&
+              (!bias || (dtype_of(*bias, "bias") == p.dtype && bias->numel() == row_factors.numel())),
+          "token_weight_only_linear: norm_weight [in_size], bias, of as many as row_factors, and out must have the "
+          "dtype of x");
+    p.x = in(x);
+    p.packed = static_cast<const uint8_t*>(in(packed));
+    p.row_factors = static_cast<const float*>(in(row_factors));
+    p.bias = bias ? in(*bias) : nullptr;
+    p.out = out(y);
+    p.num_tokens = 1;
+    p.in_size = x.size(1);
+    p.out_size = y.size(1);
+    p.x_token_stride = x.stride(0);
+    p.out_token_stride = y.stride(0);
+    p.tactic = static_cast<int>(tactic);
+    p.constant_weight = constant_weight;
+#if FASTKERNELS_WITH_CUDA
+    if (x.is_cuda()) {
+        check(packed.numel() == packed_bytes(p.format, row_factors.numel(), p.in_size),
+              "token_weight_only_linear: packed has ", packed.numel(), " bytes, but this format takes ",
+              packed_bytes(p.format, row_factors.numel(), p.in_size));
+        torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+        const TokenNorm norm{.weight = norm_weight ? in(*norm_weight) : nullptr, .eps = static_cast<float>(eps)};
+        return token_weight_only_linear_cuda(p, {.norm = norm, .adds = adds, .gated = gated}, stream_of(x));
+    }
+#endif
+    fail("token_weight_only_linear: the op runs on CUDA only; rms_norm and quantized_linear on the CPU too");
+}
+
 void interleave_rows(Tensor rows, Tensor y) {
     check(rows.dim() == 2 && y.dim() == 2 && rows.size(0) == y.size(0) && rows.size(1) == y.size(1) &&
               rows.is_contiguous() && y.is_contiguous() && rows.scalar_type() == y.scalar_type() &&
@@ -341,6 +392,7 @@ void register_gemm(torch::stable::detail::StableLibrary& m) {
     m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     m.impl("interleave_rows", TORCH_BOX(&interleave_rows));
     m.impl("weight_only_linear", TORCH_BOX(&weight_only_linear));
+    m.impl("token_weight_only_linear", TORCH_BOX(&token_weight_only_linear));
 }
 
 }  // namespace
@@ -364,6 +416,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def(
         "weight_only_linear(Tensor x, Tensor? x_scales, Tensor packed, Tensor row_factors, Tensor? bias, int format, "
         "int tactic, bool constant_weight, Tensor(a!) out) -> ()");
+    m.def(
+        "token_weight_only_linear(Tensor x, Tensor? norm_weight, float eps, Tensor packed, Tensor row_factors, "
+        "Tensor? bias, int format, int tactic, bool constant_weight, bool adds, bool gated, Tensor(a!) out) -> ()");
 }
 
 FK_REGISTER_IMPLS(fastkernels::register_gemm)

@@ -25,6 +25,7 @@
 #pragma once
 
 #include "fastkernels/gemm.h"
+#include "fastkernels/token_linear.h"
 
 namespace fastkernels {
 
@@ -51,9 +52,10 @@ constexpr int unit_bytes(PackedFormat format) {
     return 0;
 }
 
-void weight_only_int4(const WeightOnlyParams& p, void* stream);
-void weight_only_int4_zeros(const WeightOnlyParams& p, void* stream);
-void weight_only_byte(const WeightOnlyParams& p, void* stream);
-void weight_only_fp4(const WeightOnlyParams& p, void* stream);
+// sides: empty, but of one token
+void weight_only_int4(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
+void weight_only_int4_zeros(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
+void weight_only_byte(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
+void weight_only_fp4(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 
 }  // namespace fastkernels

@@ -12,16 +12,26 @@
 // W comes through a ring of units a warp (cp.async), which is filled before the kernel before this one ends. A block
 // has an SM for itself: beside one of the product before it, its loads would delay the small kernels between the two.
 //
+// Of one token also what stands about the product in a decode step (token_linear.h). The norm: a warp multiplies a
+// chunk of x by the norm's weight as it makes operands of it, and the rms comes behind the product, of the squares that
+// the warps have added up; in fp16, where that could overflow, every block adds up all of x before. The addition: a
+// thread reads what its first result is added to at the begin. The gate: up has as many tiles behind it, and a block
+// owns the same of both, in turn.
+//
 // Bytes: W and its scales once; x once a block and group, from L2.
 #pragma once
 
 #include <algorithm>
 
+#include "common/convert.cuh"
 #include "common/launch.h"
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/cp_async.cuh"
+#include "common/ptx/cp_async_4.cuh"
 #include "common/ptx/load_16.cuh"
 #include "common/ptx/pdl.cuh"
+#include "common/ptx/prefetch.cuh"
+#include "common/reduce.cuh"
 #include "gemm/weight_only.h"
 #include "gemm/weight_only_formats.cuh"
 #include "gemm/weight_only_room.h"
@@ -33,11 +43,42 @@ constexpr int kFewWarps = 16;  // of a block, at most
 
 struct FewArgs {
     WeightOnlyParams p;
+    TokenSides sides;       // of one token
     int splits;             // blocks of a cluster, which share K: 1 or 2
     int split_chunks;       // of the first of them
-    int tiles, more_tiles;  // of a cluster; the first more_tiles clusters have one more
-    int group_tiles;        // at most
+    int tiles, more_tiles;  // of out, of a cluster; the first more_tiles clusters have one more
+    int group_tiles;        // of the weight, at most; of gate and up as many
 };
+
+// 8 neighbours of x / rms, times the norm's weight.
+template <typename T>
+__device__ __forceinline__ uint4 normalised(const uint4& x, const uint4& weight, float factor) {
+    float a[8], b[8];
+    to_floats(reinterpret_cast<const Vec<T, 8>&>(x), a);
+    to_floats(reinterpret_cast<const Vec<T, 8>&>(weight), b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        a[i] = a[i] * factor * b[i];
+    }
+    const Vec<T, 8> y = from_floats<T>(a);
+    return reinterpret_cast<const uint4&>(y);
+}
+
+template <typename T>
+__device__ __forceinline__ float sum_of_squares(const uint4& x) {
+    float a[8], sum = 0.0f;
+    to_floats(reinterpret_cast<const Vec<T, 8>&>(x), a);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        sum = fmaf(a[i], a[i], sum);
+    }
+    return sum;
+}
+
+// Of an index of [...][8 of g][row g, row g + 8].
+__device__ __forceinline__ int row_in_tile(int index) {
+    return index % 2 * 8 + index % kUnitRows / 2;
+}
 
 template <typename F>
 constexpr int kFewUnitBytes = F::kPieces * 512 + F::kScaleBytes;
@@ -60,6 +101,9 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     constexpr int kLaneTokens = Product::kLaneTokens;
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
+    const TokenSides& sides = args.sides;
+    const void* const norm = sides.norm.weight;
+    const int gated = sides.gated ? 1 : 0;
     const int warps = static_cast<int>(blockDim.x) / 32, lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // known to be the same in all lanes
     const int g = lane / 4, t = lane % 4, my_piece = piece_of_lane(g, t);
@@ -69,7 +113,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     const int splits = args.splits, cluster = static_cast<int>(blockIdx.x) >> (splits - 1);
     const int rank = static_cast<int>(blockIdx.x) & (splits - 1), group_tiles = args.group_tiles;
     const int first_tile = cluster * args.tiles + min(cluster, args.more_tiles);
-    const int my_tiles = args.tiles + (cluster < args.more_tiles ? 1 : 0);
+    const int my_tiles = (args.tiles + (cluster < args.more_tiles ? 1 : 0)) << gated;  // of the weight
     const int all_chunks = (in_size + kUnitSize - 1) / kUnitSize, first_chunk = rank * args.split_chunks;
     const int num_chunks = min(all_chunks - first_chunk, args.split_chunks);
     const int my_chunks =
@@ -80,11 +124,15 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     float* sums = reinterpret_cast<float*>(shared + warps * (kRingBytes + Product::slot_bytes(num_tokens)));
     // Of a warp: [group_tiles][token][8 of g][row g, row g + 8]
     const int tile_floats = num_tokens * kUnitRows, warp_floats = group_tiles * tile_floats;
-    float* factors = sums + warps * warp_floats;           // [my_tiles][16]
-    float* kept = factors + (args.tiles + 1) * kUnitRows;  // [my_tiles][token][8 of g][2], where a cluster shares K
+    float* factors = sums + warps * warp_floats;                         // [my_tiles][16]
+    float* squares = factors + ((args.tiles + 1) << gated) * kUnitRows;  // [warps], of x
+    float* kept = squares + kFewWarps;  // [my_tiles][token][8 of g][2], where a cluster shares K
 
     // --- Fetching, unit by unit: tiles of a group, my chunks, groups -------------------------------------------------
     const int tile_stride = all_chunks * kUnitBytes, chunk_stride = warps * kUnitBytes;
+    // From a tile of the gate to that of up, which is an odd one, and on.
+    const int64_t to_odd = gated ? p.out_size / kUnitRows * tile_stride : tile_stride;
+    const int64_t to_even = gated ? tile_stride - to_odd : tile_stride;
     const uint8_t* from = p.packed + (int64_t{first_tile} * all_chunks + first_chunk + warp) * kUnitBytes + lane * 16;
     int tiles_left = my_chunks > 0 ? my_tiles : 0;                           // from the group on that is being fetched
     int chunks_left = my_chunks, units_left = min(tiles_left, group_tiles);  // of that group, of that chunk
@@ -98,12 +146,12 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
             if (lane < F::kScaleBytes / 16) {
                 cp_async_16(fill + kDataBytes, from + kDataBytes, true);
             }
-            from += tile_stride;
+            from += units_left % 2 == 0 ? to_odd : to_even;  // gate and up are both left
             if (--units_left == 0) {
-                const int count = min(tiles_left, group_tiles);
-                from += chunk_stride - count * tile_stride;
+                const int count = min(tiles_left, group_tiles), passed = (count >> gated) * tile_stride;
+                from += chunk_stride - passed;
                 if (--chunks_left == 0) {
-                    from += count * tile_stride - my_chunks * chunk_stride;
+                    from += passed - my_chunks * chunk_stride;
                     tiles_left -= count;
                     chunks_left = my_chunks;
                 }
@@ -118,14 +166,33 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     if (!p.constant_weight) {
         pdl_wait();
     }
+    // Before the weight, which memory is busy with for long: the norm's weight and the factors, which are as constant.
+    const auto k_of = [&](int index) { return (first_chunk + warp + index * warps) * kUnitSize + lane % 16 * 8; };
+    uint4 norm_coming{};
+    const auto load_norm = [&](int index) {
+        if (norm != nullptr && k_of(index) < in_size) {
+            norm_coming = load_16_here(static_cast<const T*>(norm) + k_of(index));
+        }
+    };
+    if (norm != nullptr) {
+        if (my_chunks > 0) {
+            load_norm(0);
+        }
+        for (int k = threadIdx.x * 64; k < in_size; k += static_cast<int>(blockDim.x) * 64) {
+            prefetch_l2(static_cast<const T*>(norm) + k);
+        }
+    }
+    const auto row_of = [&](int tile) {
+        return (static_cast<int64_t>(first_tile) + (tile >> gated)) * kUnitRows + (tile & gated) * p.out_size;
+    };
+    for (int i = threadIdx.x; i < my_tiles * kUnitRows; i += static_cast<int>(blockDim.x)) {
+        const int64_t row = row_of(i / kUnitRows) + i % kUnitRows;
+        const bool valid = row < p.out_size << gated;
+        cp_async_4(shared_address(factors + i), p.row_factors + (valid ? row : 0), valid);
+    }
 #pragma unroll 1
     for (int i = 0; i < kSlots - 1; ++i) {
         fetch(ring + i * kUnitBytes);
-    }
-    // The factors are of the weight too, and as constant.
-    for (int i = threadIdx.x; i < my_tiles * kUnitRows; i += static_cast<int>(blockDim.x)) {
-        const int64_t row = int64_t{first_tile} * kUnitRows + i;
-        factors[i] = row < p.out_size ? p.row_factors[row] : 0.0f;
     }
     pdl_wait();
 
@@ -133,7 +200,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     const int token_stride = static_cast<int>(p.x_token_stride);  // fits: 8 tokens of an x not wider than 2^24
     uint4 coming[kLoads];
     const auto load_x = [&](int index) {
-        const int k = (first_chunk + warp + index * warps) * kUnitSize + lane % 16 * 8;
+        const int k = k_of(index);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             const int token = i * 2 + lane / 16;
@@ -147,18 +214,59 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
         load_x(0);
     }
 
-    const auto store = [&](float sum, int index) {  // index: of kept
-        const int row = index % 2 * 8 + index % kUnitRows / 2;
+    // --- What stands before the product, and what it is added to -----------------------------------------------------
+    // bf16 times the norm's weight does not overflow, so rms may come behind the product, of what the warps have read.
+    constexpr bool kLate = kIsBf16<T>;
+    const auto one_over_rms = [&](float squares_sum) {
+        return rsqrtf(squares_sum / static_cast<float>(in_size) + sides.norm.eps);
+    };
+    float before_product = 1.0f, behind_product = 1.0f, square = 0.0f;
+    if (!kLate && norm != nullptr) {
+        float sum = 0.0f;
+#pragma unroll 2
+        for (int k = threadIdx.x * 8; k < in_size; k += static_cast<int>(blockDim.x) * 8) {
+            sum += sum_of_squares<T>(load_16_here(static_cast<const T*>(p.x) + k));
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            squares[warp] = sum;
+        }
+        __syncthreads();
+        before_product = one_over_rms(warp_sum(lane < warps ? squares[lane] : 0.0f));
+    }
+    // Of one token, in the order of kept: a thread's first result is added to what it has in time.
+    const auto read_out = [&](int index) {
+        const int64_t n = int64_t{first_tile} * kUnitRows + index / kUnitRows * kUnitRows + row_in_tile(index);
+        return n < p.out_size ? static_cast<const T*>(p.out)[n] : T{};
+    };
+    const int first_result = rank * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    T before{};
+    if (sides.adds && first_result < my_tiles * kUnitRows >> gated) {
+        before = read_out(first_result);
+    }
+
+    // index: [tile of out][token][8 of g][2]; sum_of: of the weight, of an index like kept's
+    const auto store = [&](int index, const auto& sum_of) {
+        const int row = row_in_tile(index);
         const unsigned tile_token = static_cast<unsigned>(index) / kUnitRows;
         const unsigned tile = tile_token / static_cast<unsigned>(num_tokens), token = tile_token - tile * num_tokens;
         const int64_t n = (static_cast<int64_t>(first_tile) + tile) * kUnitRows + row;
-        if (n < p.out_size) {
-            float y = sum * (factors[tile * kUnitRows + row] * Product::kLeftOut);
-            if (p.bias != nullptr) {
-                y += to_float(static_cast<const T*>(p.bias)[n]);
-            }
-            static_cast<T*>(p.out)[token * p.out_token_stride + n] = from_float<T>(y);
+        if (n >= p.out_size) {
+            return;
         }
+        const auto product = [&](float sum, int of_weight) {
+            const float y = sum * (factors[of_weight * kUnitRows + row] * (Product::kLeftOut * behind_product));
+            return p.bias == nullptr ? y : y + to_float(static_cast<const T*>(p.bias)[row_of(of_weight) + row]);
+        };
+        float y = product(sum_of(index + (gated ? tile * kUnitRows : 0)), tile << gated);
+        if (gated) {
+            const float up = product(sum_of(index + (tile + 1) * kUnitRows), tile * 2 + 1);
+            y = __fdividef(y, 1.0f + __expf(-y)) * up;
+        }
+        if (sides.adds) {
+            y = to_float(from_float<T>(y)) + to_float(index == first_result ? before : read_out(index));
+        }
+        static_cast<T*>(p.out)[token * p.out_token_stride + n] = from_float<T>(y);
     };
 
     const char* unit = ring;
@@ -167,6 +275,13 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
         for (int index = 0; index < my_chunks; ++index) {
             if (group_first == 0 || my_chunks > 1) {
                 __syncwarp();
+                if (norm != nullptr) {
+                    if (kLate && group_first == 0) {
+                        square += sum_of_squares<T>(coming[0]);
+                        square = index + 1 < my_chunks ? square : warp_sum(square);
+                    }
+                    coming[0] = normalised<T>(coming[0], norm_coming, before_product);
+                }
 #pragma unroll
                 for (int i = 0; i < kLoads; ++i) {
                     if (i * 2 < num_tokens) {
@@ -174,6 +289,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
                     }
                 }
                 load_x(index + 1 < my_chunks ? index + 1 : 0);
+                load_norm(index + 1 < my_chunks ? index + 1 : 0);
                 __syncwarp();
             }
             typename Product::Chunk chunk;
@@ -206,18 +322,30 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
             pdl_launch_dependents();
         }
         // --- The warps' sums -----------------------------------------------------------------------------------------
+        cp_async_wait<kSlots - 2>();  // the factors: a warp without chunks has not waited
+        if (kLate && lane == 0) {
+            squares[warp] = square;
+        }
         __syncthreads();
+        if (kLate && norm != nullptr && splits == 1) {
+            behind_product = one_over_rms(warp_sum(lane < warps ? squares[lane] : 0.0f));
+        }
         const int adding_warps = min(warps, num_chunks);
-        for (int i = threadIdx.x; i < count * tile_floats; i += static_cast<int>(blockDim.x)) {
+        const int passed = group_first * tile_floats;  // of kept
+        const auto sum_of = [&](int index) {
             float y = 0.0f;
 #pragma unroll 4
             for (int w = 0; w < adding_warps; ++w) {
-                y += sums[w * warp_floats + i];
+                y += sums[w * warp_floats + index - passed];
             }
+            return y;
+        };
+        const int shift = splits > 1 ? 0 : gated, end = (passed + count * tile_floats) >> shift;
+        for (int i = (passed >> shift) + static_cast<int>(threadIdx.x); i < end; i += static_cast<int>(blockDim.x)) {
             if (splits > 1) {
-                kept[group_first * tile_floats + i] = y;
+                kept[i] = sum_of(i);
             } else {
-                store(y, group_first * tile_floats + i);
+                store(i, sum_of);
             }
         }
         if (group_first + group_tiles < my_tiles) {
@@ -228,13 +356,22 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     // --- The cluster's sums ------------------------------------------------------------------------------------------
     if (splits > 1) {
         cluster_sync();
-        const int total = my_tiles * tile_floats, threads = static_cast<int>(blockDim.x);
-        for (int i = rank * threads + static_cast<int>(threadIdx.x); i < total; i += splits * threads) {
-            float y = 0.0f;
+        if (kLate && norm != nullptr) {
+            float sum = 0.0f;
             for (int other = 0; other < splits; ++other) {
-                y += *in_block(kept + i, other);
+                sum += warp_sum(lane < warps ? *in_block(squares + lane, other) : 0.0f);
             }
-            store(y, i);
+            behind_product = one_over_rms(sum);
+        }
+        const int total = my_tiles * tile_floats >> gated, threads = static_cast<int>(blockDim.x);
+        for (int i = rank * threads + static_cast<int>(threadIdx.x); i < total; i += splits * threads) {
+            store(i, [&](int index) {
+                float y = 0.0f;
+                for (int other = 0; other < splits; ++other) {
+                    y += *in_block(kept + index, other);
+                }
+                return y;
+            });
         }
         cluster_sync();  // no block ends while another reads from it
     }
@@ -245,46 +382,48 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
 // False, and nothing is launched, where there is no room: for the sums of all tiles at once, or, if it may be grouped,
 // of one.
 template <typename Product, int kSlots>
-bool launch_few(const WeightOnlyParams& p, int splits, int most_warps, bool grouped, const Room& room, void* stream) {
+bool launch_few(const WeightOnlyParams& p, const TokenSides& sides, int splits, int most_warps, bool grouped,
+                const Room& room, void* stream) {
     const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
     const int num_tiles = ceil_div(p.out_size, kUnitRows), all_chunks = ceil_div(p.in_size, kUnitSize);
-    const int tokens = static_cast<int>(p.num_tokens);
+    const int tokens = static_cast<int>(p.num_tokens), parts = sides.gated ? 2 : 1;  // tiles of the weight for one
     splits = all_chunks > 1 ? splits : 1;
     const int clusters = std::min(num_tiles, std::max(room.num_sms / splits, 1)), tiles = ceil_div(num_tiles, clusters);
     // As many warps as share a block's chunks evenly, and enough to add up.
     const int chunks = ceil_div(all_chunks, splits);
     const int warps = std::max(ceil_div(chunks, ceil_div(chunks, most_warps)), 4);
     const int limit = room.block_bytes;
-    const int tile_bytes = tokens * kUnitRows * 4;
+    const int tile_bytes = tokens * kUnitRows * 4 * parts;
     const int others = warps * (kSlots * kFewUnitBytes<typename Product::Format> + Product::slot_bytes(tokens)) +
-                       (num_tiles / clusters + 1) * kUnitRows * 4 + (splits > 1 ? tiles * tile_bytes : 0);
+                       (num_tiles / clusters + 1) * parts * kUnitRows * 4 + kFewWarps * 4 +
+                       (splits > 1 ? tiles * tile_bytes : 0);
     const int fit = std::min(std::max(limit - others, 0) / (warps * tile_bytes), tiles);
     if (fit == 0 || (!grouped && fit < tiles)) {
         return false;
     }
     // All that a block may have: with less the split between L1 and shared memory would change from product to product,
     // for which an SM has to be empty, and other products' blocks would come beside this one.
-    launch(
-        weight_only_few_kernel<Product, kSlots>,
-        {.grid = dim3(static_cast<unsigned>(clusters * splits)),
-         .block = dim3(static_cast<unsigned>(warps * 32)),
-         .shared_bytes = static_cast<size_t>(limit),
-         .pdl = true,
-         .cluster = static_cast<unsigned>(splits)},
-        stream,
-        FewArgs{p, splits, chunks, num_tiles / clusters, num_tiles % clusters, ceil_div(tiles, ceil_div(tiles, fit))});
+    launch(weight_only_few_kernel<Product, kSlots>,
+           {.grid = dim3(static_cast<unsigned>(clusters * splits)),
+            .block = dim3(static_cast<unsigned>(warps * 32)),
+            .shared_bytes = static_cast<size_t>(limit),
+            .pdl = true,
+            .cluster = static_cast<unsigned>(splits)},
+           stream,
+           FewArgs{p, sides, splits, chunks, num_tiles / clusters, num_tiles % clusters,
+                   ceil_div(tiles, ceil_div(tiles, fit)) * parts});
     return true;
 }
 
 // As many slots as leave room for all sums at once, or enough to keep memory busy; on GPUs with less shared memory the
 // last way has room enough for 8 tokens.
 template <typename Product>
-void launch_few(const WeightOnlyParams& p, int splits, const Room& room, void* stream) {
+void launch_few(const WeightOnlyParams& p, const TokenSides& sides, int splits, const Room& room, void* stream) {
     constexpr bool kIsByte = Product::Format::kPieces == 4;
     constexpr int kMany = kIsByte ? 4 : 9, kSome = kIsByte ? 3 : 4;
-    if (!launch_few<Product, kMany>(p, splits, kFewWarps, false, room, stream) &&
-        !launch_few<Product, kSome>(p, splits, kFewWarps, true, room, stream) &&
-        !launch_few<Product, 2>(p, splits, kFewWarps / 2, true, room, stream)) {
+    if (!launch_few<Product, kMany>(p, sides, splits, kFewWarps, false, room, stream) &&
+        !launch_few<Product, kSome>(p, sides, splits, kFewWarps, true, room, stream) &&
+        !launch_few<Product, 2>(p, sides, splits, kFewWarps / 2, true, room, stream)) {
         fail("weight_only_linear: a block has no room for the sums of ", p.num_tokens, " tokens and ", p.out_size,
              " rows");
     }

@@ -3,10 +3,10 @@
 
 namespace fastkernels {
 
-void weight_only_fp4(const WeightOnlyParams& p, void* stream) {
+void weight_only_fp4(const WeightOnlyParams& p, const TokenSides& sides, void* stream) {
     switch (p.format) {
-        case PackedFormat::nvfp4: return run_weight_only<E2m1<16>>(p, stream);
-        case PackedFormat::mxfp4: return run_weight_only<E2m1<32>>(p, stream);
+        case PackedFormat::nvfp4: return run_weight_only<E2m1<16>>(p, sides, stream);
+        case PackedFormat::mxfp4: return run_weight_only<E2m1<32>>(p, sides, stream);
         default: fail("weight_only_linear: this file has nvfp4 and mxfp4");
     }
 }

@@ -24,7 +24,7 @@ inline int choose_few_splits(const WeightOnlyParams& p, const Room& room, bool d
 
 // Digit: the format of weight_only_digits.cuh, or void where it has none.
 template <typename T, typename F, typename Digit>
-void run_weight_only(const WeightOnlyParams& p, void* stream) {
+void run_weight_only(const WeightOnlyParams& p, const TokenSides& sides, void* stream) {
     constexpr bool kHasDigits = !std::is_void_v<Digit>;
     const Room room = room_of_device();
     if (p.num_tokens > kFewTokens) {
@@ -34,17 +34,17 @@ void run_weight_only(const WeightOnlyParams& p, void* stream) {
     const int splits = choose_few_splits(p, room, digits && F::kIsInt4);
     if constexpr (kHasDigits) {
         if (digits) {
-            return launch_few<Digits<T, Digit>>(p, splits, room, stream);
+            return launch_few<Digits<T, Digit>>(p, sides, splits, room, stream);
         }
     }
-    launch_few<Pairs<T, F>>(p, splits, room, stream);
+    launch_few<Pairs<T, F>>(p, sides, splits, room, stream);
 }
 
 template <typename F, typename Digit = void>
-void run_weight_only(const WeightOnlyParams& p, void* stream) {
+void run_weight_only(const WeightOnlyParams& p, const TokenSides& sides, void* stream) {
     switch (p.dtype) {
-        case DType::bf16: return run_weight_only<bf16, F, Digit>(p, stream);
-        case DType::f16: return run_weight_only<fp16, F, Digit>(p, stream);
+        case DType::bf16: return run_weight_only<bf16, F, Digit>(p, sides, stream);
+        case DType::f16: return run_weight_only<fp16, F, Digit>(p, sides, stream);
         default: fail("weight_only_linear: dtype ", name(p.dtype), " is not supported: bf16 and fp16 are");
     }
 }

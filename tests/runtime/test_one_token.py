@@ -11,19 +11,24 @@ from fastkernels.checkpoint.reader import Checkpoint
 from fastkernels.compiler import Step, compile_model
 from fastkernels.compiler.tune import BY_RULE
 from fastkernels.models.presets import PRESETS
+from fastkernels.ops.weight_only import RepackedWeight
+from fastkernels.quantize import find_scheme
 from fastkernels.runtime import executor as executor_module
 from fastkernels.runtime.bind import BINDERS, Products
 from fastkernels.runtime.executor import Executor
 from fastkernels.runtime.one_token import for_one_token
 from fastkernels.runtime.weights import load_weights
 from tests.conftest import CUDA_REASON
+from tests.ops.test_weight_only import unpack
 from tests.tolerances import assert_similar
 
 BYTES = ["fp8@cuda", "int8@cuda"]
+PACKED = ["int4@cuda", "int8-weight@cuda", "nvfp4@cuda"]
+PRODUCTS = {"matmul": "token_linear", "quantized_linear": "token_weight_only_linear"}
 
 
 def fused(plan):
-    return for_one_token(plan, plan.steps[: plan.head_start], lambda step: step.op == "matmul")
+    return for_one_token(plan, plan.steps[: plan.head_start], lambda step: step.op in PRODUCTS)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -52,7 +57,34 @@ def test_norms_go_along_with_the_products_about_them(biased, scheme):
     )
 
 
-@pytest.mark.parametrize("scheme", [None, "int4@cuda", "int8-zeros@cuda"])
+@pytest.mark.parametrize("scheme", PACKED)
+def test_norms_and_gates_go_along_with_the_products_about_them(scheme):
+    """Of weights with activations as they are, the gate too."""
+    plan = compile_model(replace(PRESETS["llama-3.2-1b"], attention_bias=True), quantization=scheme)
+    before, steps = plan.steps[: plan.head_start], fused(plan)
+    norms = [step for step in before if step.op == "add_rms_norm"]
+    gates = [step for step in before if step.op == "silu_mul"]
+    layers = plan.config.num_layers
+    assert len(norms) == 2 * layers and len(gates) == layers
+    assert len(steps) == len(before) - 3 * layers + 1  # the last norm stays, behind which comes the head
+    of = [step for step in steps if step.op == "token_weight_only_linear"]
+    normed = [step for step in of if step.attributes["normed"]]
+    adding = [step for step in of if step.attributes["adds"]]
+    gated = [step for step in of if step.attributes["gated"]]
+    assert [step.op for step in steps if "norm" in step.op] == ["rms_norm", "add_rms_norm"]
+    assert len(normed) == len(adding) == 2 * layers - 1
+    for norm, product in zip(norms, normed, strict=False):
+        _, residual, weight = norm.inputs
+        assert product.inputs[:2] == (residual, weight)
+        assert product.attributes["eps"] == norm.attributes["eps"] and not product.attributes["adds"]
+    for norm, product in zip(norms, adding, strict=False):
+        assert product.outputs == (norm.inputs[1],)
+    for gate, product in zip(gates, gated, strict=True):
+        assert product.outputs == gate.outputs and product.attributes["normed"]
+        assert product.attributes["scheme"] == scheme
+
+
+@pytest.mark.parametrize("scheme", [None, "int8-zeros@cuda"])
 def test_other_plans_stay_as_they_are(scheme):
     plan = compile_model(PRESETS["llama-3.2-1b"], quantization=scheme)
     assert fused(plan) == list(plan.steps[: plan.head_start])
@@ -75,13 +107,13 @@ def test_nothing_streams():
 def test_what_streams_by_rule():
     products = Products(BY_RULE)
     kinds = {}
-    for name in (*BYTES, "fp8-block@cuda", "int8-zeros@cuda", "int4@cuda", None):
+    for name in (*BYTES, *PACKED, "fp8-block@cuda", "int8-zeros@cuda", "int4-fp8@cuda", None):
         plan = compile_model(PRESETS["qwen3-8b"], quantization=name)
         step = next(step for step in plan.steps if step.op in ("matmul", "linear", "quantized_linear"))
         sizes = (plan.buffers[buffer].row_size for buffer in (step.outputs[0], step.inputs[0]))
         product = executor_module.product_of(step, *sizes, torch.bfloat16)
         kinds[name] = products.streams_bytes(product)
-    assert [name for name, streams in kinds.items() if streams] == BYTES
+    assert [name for name, streams in kinds.items() if streams] == BYTES + PACKED
 
 
 def matmul_on_the_cpu(inputs, outputs, attributes):
@@ -110,11 +142,43 @@ def token_linear_on_the_cpu(inputs, outputs, attributes):
     return call
 
 
-@pytest.mark.parametrize("scheme", BYTES)
+def quantized_linear_on_the_cpu(inputs, outputs, attributes):
+    """The weight is unpacked bit by bit."""
+    x, packed, row_factors, *bias = inputs
+    name = find_scheme(attributes["scheme"]).packed_format(len(row_factors), x.shape[1])
+    weight = unpack(RepackedWeight(packed, row_factors, name, len(row_factors), x.shape[1])).float()
+
+    def call() -> None:
+        product = x.float() @ weight.t()
+        outputs[0].copy_(product + bias[0] if bias else product)
+
+    return call
+
+
+def token_weight_only_linear_on_the_cpu(inputs, outputs, attributes):
+    """From the ops it stands for."""
+    x, *rest = inputs
+    norm_weight = rest.pop(0) if attributes["normed"] else None
+    rows = torch.empty(1, len(rest[1]))
+    row = torch.empty_like(x)
+    product = quantized_linear_on_the_cpu([row, *rest], [rows], attributes)
+
+    def call() -> None:
+        row.copy_(x if norm_weight is None else ops.rms_norm(x, norm_weight, attributes["eps"]))
+        product()
+        result = ops.silu_mul(rows) if attributes["gated"] else rows
+        outputs[0].copy_(outputs[0] + result if attributes["adds"] else result)
+
+    return call
+
+
+@pytest.mark.parametrize("scheme", [*BYTES, *PACKED])
 def test_the_steps_mean_the_same(scheme, monkeypatch):
     """Bit for bit, on the CPU, with every step in the place of its buffers."""
     monkeypatch.setitem(BINDERS, "matmul", matmul_on_the_cpu)
     monkeypatch.setitem(BINDERS, "token_linear", token_linear_on_the_cpu)
+    monkeypatch.setitem(BINDERS, "quantized_linear", quantized_linear_on_the_cpu)
+    monkeypatch.setitem(BINDERS, "token_weight_only_linear", token_weight_only_linear_on_the_cpu)
     checkpoint = Checkpoint(DEMO_FOLDER)
     plan = compile_model(checkpoint.config, quantization=scheme)
     weights = load_weights(plan, checkpoint, device="cpu", dtype=torch.float32)
@@ -154,7 +218,7 @@ def step_of(executor: Executor, position: int, token: int) -> torch.Tensor:
 
 @pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scheme", BYTES)
+@pytest.mark.parametrize("scheme", [*BYTES, *PACKED])
 def test_logits_are_those_of_the_plan(scheme, dtype, monkeypatch):
     checkpoint = Checkpoint(DEMO_FOLDER)
     plan = compile_model(checkpoint.config, quantization=scheme)

@@ -1,4 +1,5 @@
-// One token's product with a weight of bytes, and what stands before and behind it in a decode step.
+// One token's product with a weight of bytes, or of 4 or 8 bits with x as it is, and what stands before and behind it
+// in a decode step.
 #pragma once
 
 #include "fastkernels/gemm.h"
@@ -17,5 +18,15 @@ inline constexpr int64_t kTokenLinearMaxSize = 8192;
 // p: of one token, e4m3 or int8 with a scale a row; tactic, workspace and zero points are not read. adds: out += the
 // product, which is rounded before.
 void token_linear_cuda(const MatmulParams& p, const TokenNorm& norm, bool adds, void* stream);
+
+struct TokenSides {
+    TokenNorm norm;      // what is multiplied is rounded to x's type; weight null: x as it is
+    bool adds = false;   // out += the product, which is rounded before
+    bool gated = false;  // out = silu(gate) * up; the weight has out_size rows of the gate, then as many of up
+};
+
+// p: of one token, and not of a format for x in e4m3; out_size is that of out, gated a multiple of 16; tactic: 0, or
+// one for few tokens.
+void token_weight_only_linear_cuda(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 
 }  // namespace fastkernels

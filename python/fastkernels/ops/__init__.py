@@ -12,7 +12,7 @@ from fastkernels.ops.quant import quantize, quantize_zeros
 from fastkernels.ops.quantized_gemm import interleave_rows, interleaves, quantized_linear, row_sums
 from fastkernels.ops.rope import rope, rope_append_kv
 from fastkernels.ops.sampling import IN_PROMPT, count_tokens, penalize, sample, top_logprobs
-from fastkernels.ops.token_linear import token_linear
+from fastkernels.ops.token_linear import token_linear, token_weight_only_linear
 from fastkernels.ops.weight_only import (
     PACKED_FORMATS,
     WEIGHT_ONLY_FEW_TACTICS,
@@ -65,6 +65,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quant",
     "token_linear",
+    "token_weight_only_linear",
     "top_logprobs",
     "weight_only_linear",
 ]

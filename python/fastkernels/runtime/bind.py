@@ -31,6 +31,7 @@ from fastkernels.compiler.tune import (
 from fastkernels.ops.gemm import LINEAR_TACTIC
 from fastkernels.ops.quant import KINDS
 from fastkernels.ops.quantized_gemm import ACTIVATIONS, WEIGHT_TYPES
+from fastkernels.ops.weight_only import takes_e4m3
 from fastkernels.quantize import Repacked, find_scheme
 
 Attributes = Mapping[str, Any]
@@ -55,9 +56,14 @@ class Products:
         return self.choices.tactic(product, inputs[0].shape[0])
 
     def streams_bytes(self, product: Product) -> bool:
-        """Whether linear's kernel has one token of it, with bytes and a scale a row."""
+        """Whether a kernel for few tokens has one token of it: linear's, with bytes and a scale a row, or
+        that of weights of 4 and 8 bits."""
+        tactic = self.choices.tactic(product, 1)
+        if product.op == "quantized_linear":
+            is_few = tactic.number in range(ops.WEIGHT_ONLY_FEW_TACTICS + 1)
+            return is_few and not takes_e4m3(product.weight) and product.in_size % 8 == 0
         by_row = product.op == "matmul" and product.weight in ("e4m3", "int8")
-        return by_row and self.choices.tactic(product, 1) == Tactic("matmul", LINEAR_TACTIC)
+        return by_row and tactic == Tactic("matmul", LINEAR_TACTIC)
 
     def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
         return call_of(product, self.tactic(product, inputs), inputs, out, self.workspace)
@@ -177,6 +183,23 @@ def _token_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attri
     )
 
 
+def _token_weight_only_linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    """Of ``runtime/one_token.py``: x, the norm's weight where there is one, the weight's parts, and a bias or
+    none."""
+    x, *rest = inputs
+    norm_weight = rest.pop(0) if attributes["normed"] else None
+    packed, row_factors, *bias = rest
+    scheme = find_scheme(attributes["scheme"])
+    assert isinstance(scheme, Repacked)
+    packed_format = scheme.packed_format(row_factors.shape[0], x.shape[1])
+    return partial(
+        _fk.token_weight_only_linear.default,
+        *(x, norm_weight, attributes.get("eps", 0.0), packed, row_factors, bias[0] if bias else None),
+        *(list(ops.PACKED_FORMATS).index(packed_format), 0, True),
+        *(attributes["adds"], attributes["gated"], outputs[0]),
+    )
+
+
 def _gather_columns(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
     x, permutation = inputs
     return partial(_aten.index_select.out, x, 1, permutation, out=outputs[0])
@@ -253,6 +276,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "quantize_zeros": _plain(_fk.quantize_zeros.default),
     "matmul": _only_on_a_gpu,
     "token_linear": _token_linear,
+    "token_weight_only_linear": _token_weight_only_linear,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": _rope,

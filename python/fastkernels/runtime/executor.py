@@ -239,7 +239,7 @@ class Executor:
         return calls
 
     def _streams_bytes(self, step: Step) -> bool:
-        if step.op != "matmul":
+        if step.op not in ("matmul", "quantized_linear"):
             return False
         out, x = self.plan.buffers[step.outputs[0]], self.plan.buffers[step.inputs[0]]
         return self._products.streams_bytes(product_of(step, out.row_size, x.row_size, self.dtype))
