@@ -12,7 +12,6 @@ from fastkernels.compiler.graph import CompileError
 from fastkernels.compiler.plan import Plan, Step
 from fastkernels.ops.checks import dtype_name
 from fastkernels.ops.gemm import (
-    FIRST_FEW_TACTIC,
     FIRST_SM80_TACTIC,
     LINEAR_TACTIC,
     MATMUL_FEW_TILES,
@@ -192,18 +191,14 @@ def _weight_only_tactics(weight: str, num_tokens: int, capability: tuple[int, in
 
 
 def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """Of Hopper's tiles for few tokens the rule (-1) takes the one that is the best among a step's other
+    kernels; another may be a sixth faster alone, and 7 us a layer slower there (docs/kernels/gemm.md)."""
     if capability == HOPPER:
         tiles = [
             Tactic("matmul", 2 * index + shared)
             for index, tile in enumerate(MATMUL_TILES)
             if _computes(tile, product.weight) and _suits(tile, num_tokens)
             for shared in (0, 1)
-        ]
-        columns = min((t.columns for t in MATMUL_FEW_TILES if t.columns >= num_tokens), default=0)
-        tiles += [
-            Tactic("matmul", FIRST_FEW_TACTIC + index)
-            for index, few in enumerate(MATMUL_FEW_TILES)
-            if few.columns == columns
         ]
     else:
         tiles = [Tactic("matmul", FIRST_SM80_TACTIC + index) for index in range(len(MATMUL_SM80_TILES))]
