@@ -81,15 +81,17 @@ MatmulSchedule schedule_of(const MatmulParams& p, const MatmulFewTile& tile) {
 }
 
 // Where blocks of half an SM are all there at once, clusters that share K are the best for few tokens, since no tile of
-// 128 rows is left to cut. 4 blocks a tile where 2 would leave SMs without one, or K is long enough that its loads are
-// most of the time and not the start: then more of them are in flight. -1: elsewhere.
+// 128 rows is left to cut, but for a K so short that whole tiles are over before a cluster has met. 4 blocks a tile
+// where 2 would leave SMs without one, or K is long enough that its loads are most of the time and not the start: then
+// more of them are in flight. -1: elsewhere.
 int few_tactic(const MatmulParams& p, int sms) {
+    constexpr int kLeastChunks = 16, kLongChunks = 64;
     const int64_t tiles = ceil_div(p.out_size, kMatmulFewRows);
-    if (p.num_tokens > 64 || tiles > sms) {
+    const int64_t chunks = ceil_div(p.in_size * static_cast<int64_t>(size_bytes(p.dtype)), 128);
+    if (p.num_tokens > 64 || tiles > sms || chunks < kLeastChunks) {
         return -1;
     }
-    const int64_t chunks = ceil_div(p.in_size * static_cast<int64_t>(size_bytes(p.dtype)), 128);
-    const bool four = (4 * tiles <= 2 * sms && chunks > 64) || 4 * tiles <= sms;
+    const bool four = (2 * tiles <= sms && chunks > kLongChunks) || 4 * tiles <= sms;
     return kFirstFewTactic + (p.num_tokens > 32 ? 2 : 0) + (four ? 1 : 0);
 }
 
@@ -100,6 +102,9 @@ int default_tactic(const MatmulParams& p, int sms) {
     }
     if (const int few = few_tactic(p, sms); few >= 0) {
         return few;
+    }
+    if (p.out_size % 8 != 0) {
+        return kFirstFewTactic + 2;
     }
     int best = -1;
     double least = 0;
@@ -144,6 +149,8 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
         return;
     }
     const bool few = tactic >= kFirstFewTactic;
+    check(few || p.out_size % 8 == 0, "matmul: out_size is ", p.out_size,
+          "; tiles that TMA stores, 16 bytes at a time, want a multiple of 8");
     const MatmulFewTile& few_tile = kMatmulFewTiles[few ? tactic - kFirstFewTactic : 0];
     const MatmulTile& tile = kMatmulTiles[few ? 0 : tactic / 2];
     const bool tokens_are_a = !few && tile.tokens_are_a;

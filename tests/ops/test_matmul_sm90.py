@@ -150,10 +150,19 @@ def test_strides(tactic, workspace):
     plain = ops.linear(x.contiguous(), weight.contiguous(), tactic=tactic, workspace=workspace)
     assert torch.equal(out, plain)
     assert wide_out[:, :16].isnan().all() and wide_out[:, 216:].isnan().all()
-    wide_out.fill_(torch.nan)
-    ops.linear(x, weight[:187], tactic=tactic, workspace=workspace, out=wide_out[:, 16:203])
-    assert torch.equal(wide_out[:, 16:203], plain[:, :187])
+
+
+@pytest.mark.parametrize("tactic", [-1, *FEW])
+def test_rows_of_out_that_end_within_16_bytes(tactic, workspace):
+    x, weight, bias = operands(70, 187, 1040, torch.bfloat16)
+    wide_out = poisoned(70, 256, dtype=torch.bfloat16, device="cuda")
+    out = wide_out[:, 16:203]
+    ops.linear(x, weight, bias, tactic=tactic, workspace=workspace, out=out)
+    exact = reference.linear(x.double(), weight.double(), bias.double())
+    assert_as_good_as_torch(out, reference.linear(x, weight, bias), exact)
     assert wide_out[:, :16].isnan().all() and wide_out[:, 203:].isnan().all()
+    with pytest.raises(Exception, match="want a multiple of 8"):
+        ops.linear(x, weight, bias, tactic=9, workspace=workspace, out=out)
 
 
 @pytest.mark.parametrize("tactic", TACTICS_16_BITS)
