@@ -12,7 +12,8 @@ namespace fastkernels {
 namespace {
 
 constexpr int kFirstSm80Tactic = kLinearTactic + 1;
-static_assert(kNumMatmulTactics == kFirstSm80Tactic + kNumMatmulSm80Tiles);
+static_assert(kFirstFewTactic == kFirstSm80Tactic + kNumMatmulSm80Tiles);
+static_assert(kNumMatmulTactics == kFirstFewTactic + kNumMatmulFewTiles);
 
 // Where Hopper's tensor cores are not: a tile of 128 x 128 if there is one for every SM.
 int default_tactic(const MatmulParams& p) {
@@ -74,7 +75,7 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
     if (p.tactic < 0 && p.scales != MatmulScales::none && !on_hopper()) {
         params.tactic = default_tactic(p);
     }
-    if (params.tactic < kLinearTactic) {
+    if (params.tactic < kLinearTactic || params.tactic >= kFirstFewTactic) {
         matmul_sm90(params, stream);
     } else if (params.tactic == kLinearTactic) {
         linear_bytes(params, stream);

@@ -12,6 +12,8 @@
 namespace fastkernels {
 namespace {
 
+constexpr int64_t kLateBytes = 40 << 20;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
@@ -68,10 +70,41 @@ double predicted_us(const MatmulParams& p, const MatmulTile& tile, bool split, i
     return std::max(busiest * (s.chunks * chunk + per_tile), memory) + more;
 }
 
+MatmulSchedule schedule_of(const MatmulParams& p, const MatmulFewTile& tile) {
+    const int64_t row_bytes = p.in_size * static_cast<int64_t>(size_bytes(p.dtype));
+    const int64_t a_tiles = ceil_div(p.out_size, kMatmulFewRows), b_tiles = ceil_div(p.num_tokens, tile.columns);
+    check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
+          " are more tiles than the kernel counts");
+    return {.a_tiles = static_cast<int>(a_tiles),
+            .b_tiles = static_cast<int>(b_tiles),
+            .chunks = static_cast<int>(ceil_div(row_bytes, 128))};
+}
+
+// Where blocks of half an SM are all there at once, clusters that share K are the best for few tokens, since no tile of
+// 128 rows is left to cut, but for a K so short that whole tiles are over before a cluster has met. 4 blocks a tile
+// where 2 would leave SMs without one, or K is long enough that its loads are most of the time and not the start: then
+// more of them are in flight. -1: elsewhere.
+int few_tactic(const MatmulParams& p, int sms) {
+    constexpr int kLeastChunks = 16, kLongChunks = 64;
+    const int64_t tiles = ceil_div(p.out_size, kMatmulFewRows);
+    const int64_t chunks = ceil_div(p.in_size * static_cast<int64_t>(size_bytes(p.dtype)), 128);
+    if (p.num_tokens > 64 || tiles > sms || chunks < kLeastChunks) {
+        return -1;
+    }
+    const bool four = (2 * tiles <= sms && chunks > kLongChunks) || 4 * tiles <= sms;
+    return kFirstFewTactic + (p.num_tokens > 32 ? 2 : 0) + (four ? 1 : 0);
+}
+
 // A tactic that adds fp8 up in 14 bits is only taken when it is asked for.
 int default_tactic(const MatmulParams& p, int sms) {
     if (p.num_tokens <= 8 && fits_linear_bytes(p)) {
         return kLinearTactic;
+    }
+    if (const int few = few_tactic(p, sms); few >= 0) {
+        return few;
+    }
+    if (p.out_size % 8 != 0) {
+        return kFirstFewTactic + 2;
     }
     int best = -1;
     double least = 0;
@@ -99,7 +132,8 @@ int64_t row_stride_bytes(int64_t rows, int64_t columns, int64_t stride, int64_t 
 }  // namespace
 
 void matmul_sm90(const MatmulParams& p, void* stream) {
-    check(on_hopper(), "matmul: tactics 0 to ", kLinearTactic - 1,
+    check(on_hopper(), "matmul: tactics 0 to ", kLinearTactic - 1, " and ", kFirstFewTactic, " to ",
+          kFirstFewTactic + kNumMatmulFewTiles - 1,
           ", and bf16 and fp16, are for Hopper GPUs, and for builds with their architecture, sm_90a");
     const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
     const int64_t x_stride = row_stride_bytes(p.num_tokens, p.in_size, p.x_token_stride, element_bytes);
@@ -114,7 +148,14 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
         linear_bytes(p, stream);
         return;
     }
-    const MatmulTile& tile = kMatmulTiles[tactic / 2];
+    const bool few = tactic >= kFirstFewTactic;
+    check(few || p.out_size % 8 == 0, "matmul: out_size is ", p.out_size,
+          "; tiles that TMA stores, 16 bytes at a time, want a multiple of 8");
+    const MatmulFewTile& few_tile = kMatmulFewTiles[few ? tactic - kFirstFewTactic : 0];
+    const MatmulTile& tile = kMatmulTiles[few ? 0 : tactic / 2];
+    const bool tokens_are_a = !few && tile.tokens_are_a;
+    const int a_rows = few ? kMatmulFewRows : kMatmulRows,
+              b_rows = few ? few_tile.columns : tile.columns / tile.cluster;
     const auto operand = [&](const void* matrix, int64_t rows, int64_t stride, int box_rows) {
         const auto type = p.dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                           : p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -127,15 +168,13 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
                                   .row_stride_bytes = stride,
                                   .box_rows = box_rows});
     };
-    const int b_rows = tile.columns / tile.cluster;
-    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tile.tokens_are_a ? kMatmulRows : b_rows);
-    const CUtensorMap weight_map =
-        operand(p.weight, p.out_size, weight_stride, tile.tokens_are_a ? b_rows : kMatmulRows);
+    const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tokens_are_a ? a_rows : b_rows);
+    const CUtensorMap weight_map = operand(p.weight, p.out_size, weight_stride, tokens_are_a ? b_rows : a_rows);
     const bool is_fp16 = p.out_dtype == DType::f16;
-    const MatmulSchedule schedule = schedule_of(p, tile, tactic % 2 == 1, sms);
+    const MatmulSchedule schedule = few ? schedule_of(p, few_tile) : schedule_of(p, tile, tactic % 2 == 1, sms);
     const MatmulArgs args{
-        .a_map = tile.tokens_are_a ? x_map : weight_map,
-        .b_map = tile.tokens_are_a ? weight_map : x_map,
+        .a_map = tokens_are_a ? x_map : weight_map,
+        .b_map = tokens_are_a ? weight_map : x_map,
         .out_map =
             encode(TensorMap2d{.address = p.out,
                                .type = is_fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -143,8 +182,12 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
                                .rows = p.num_tokens,
                                .columns = p.out_size,
                                .row_stride_bytes = out_stride,
-                               .box_rows = tile.tokens_are_a ? 64 : tile.columns}),
+                               .box_rows = tokens_are_a ? 64
+                                           : few        ? b_rows
+                                                        : tile.columns}),
         .schedule = schedule,
+        .out = p.out,
+        .out_token_stride = p.out_token_stride,
         .bias = p.bias,
         .token_scales = p.x_scales,
         .weight_scales = p.weight_scales,
@@ -157,12 +200,17 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
         .weight_scale_stride = p.num_weight_scales == 1 ? 0 : 1,
         .constant_weight = p.constant_weight,
         .out_is_fp16 = is_fp16,
+        // A small product is over before loads of the next one help it, and they would delay its own.
+        .launch_late = p.out_size * p.in_size * element_bytes < kLateBytes,
     };
     check(schedule.split_tiles * tile.cluster * 2 * static_cast<int64_t>(sizeof(unsigned)) <= kMatmulCounterBytes,
           "matmul: the workspace has no room for the counters of ", schedule.split_tiles, " tiles");
     const int blocks = schedule.workers * tile.cluster;
     const auto run = [&]<typename T, MatmulScales kScales>() {
         check(p.scales == kScales, "matmul: ", name(p.dtype), " does not go with these scales");
+        if (few) {
+            return matmul_sm90_few<T, kScales>(args, tactic - kFirstFewTactic, stream);
+        }
         matmul_sm90_tile<T, kScales>(args, tactic / 2, blocks, stream);
     };
     switch (p.dtype) {

@@ -81,18 +81,18 @@ __global__ void FK_CLUSTER(kCluster) __launch_bounds__(MatmulShape<T, kScales, k
         pdl_wait();
         const int group = warpgroup - 1;
         Consumer<T, kScales, kTokensAreA, kN, kCluster>{
+            {rank,
+             group,
+             static_cast<int>(threadIdx.x / 32 % 4),
+             static_cast<int>(keep(threadIdx.x % 32)),
+             keep(shared_address(shared.full)),
+             keep(shared_address(shared.chunk_scales)),
+             keep(descriptor_low(shared_address(shared.ring) + group * (64 * 128))),
+             uniform((Shape::kABytes - group * (64 * 128)) >> 4),
+             {}},
             args,
             shared,
-            worker,
-            rank,
-            group,
-            static_cast<int>(threadIdx.x / 32 % 4),
-            static_cast<int>(keep(threadIdx.x % 32)),
-            keep(shared_address(shared.full)),
-            keep(shared_address(shared.chunk_scales)),
-            keep(descriptor_low(shared_address(shared.ring) + group * (64 * 128))),
-            uniform((Shape::kABytes - group * (64 * 128)) >> 4),
-            {}}
+            worker}
             .run();
     }
     if constexpr (kCluster > 1) {

@@ -25,6 +25,18 @@ inline constexpr MatmulTile kMatmulTiles[] = {
 inline constexpr int kNumMatmulTiles = sizeof(kMatmulTiles) / sizeof(kMatmulTiles[0]);
 inline constexpr int kLinearTactic = 2 * kNumMatmulTiles;
 
+// For few tokens, with the weight as A: 64 rows of it times `columns` tokens, K shared out over the blocks of a cluster
+// (matmul_sm90_few.cuh). Their tactics come behind those of matmul_sm80.h. All types have all of them.
+struct MatmulFewTile {
+    int columns;
+    int cluster;
+    int slots;  // of a block's ring
+};
+inline constexpr int kMatmulFewRows = 64;
+inline constexpr MatmulFewTile kMatmulFewTiles[] = {{32, 2, 8}, {32, 4, 4}, {64, 2, 6}, {64, 4, 4}};
+inline constexpr int kNumMatmulFewTiles = sizeof(kMatmulFewTiles) / sizeof(kMatmulFewTiles[0]);
+inline constexpr int kFirstFewTactic = kLinearTactic + 3;
+
 constexpr bool is_fp8(DType dtype) {
     return dtype == DType::e4m3 || dtype == DType::e5m2;
 }
@@ -50,6 +62,8 @@ struct MatmulArgs {
     CUtensorMap
         out_map;  // [num_tokens, out_size] in boxes of 64 elements and 64 tokens, or columns tokens where x is B
     MatmulSchedule schedule;
+    void* out;  // of few tokens, which are stored without TMA
+    int64_t out_token_stride;
     const void* bias;            // [out_size] of out's type, or null
     const float* token_scales;   // channel: [num_tokens]; block: [num_tokens, chunks]
     const float* weight_scales;  // channel: [out_size], or one; block: [ceil(out_size / 128), chunks]
@@ -60,6 +74,7 @@ struct MatmulArgs {
     int num_tokens, out_size;
     int weight_scale_stride;  // 0: one for all
     bool constant_weight, out_is_fp16;
+    bool launch_late;  // few tokens: dependents come in when all is asked for, not as soon as this kernel may write
 };
 
 void matmul_sm90(const MatmulParams& p, void* stream);  // its tactics, linear's, and -1
@@ -67,5 +82,7 @@ void matmul_sm90(const MatmulParams& p, void* stream);  // its tactics, linear's
 // T: bf16, fp16, e4m3, e5m2 or int8, of x.
 template <typename T, MatmulScales kScales>
 void matmul_sm90_tile(const MatmulArgs& args, int tile, int blocks, void* stream);
+template <typename T, MatmulScales kScales>
+void matmul_sm90_few(const MatmulArgs& args, int tile, void* stream);
 
 }  // namespace fastkernels

@@ -84,44 +84,49 @@ __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Sha
     }
 }
 
-// Scales of blocks, a warp: those of each chunk arrive at its full barrier too, one arrival a lane.
+// Scales of blocks, a warp: those of each chunk of a segment arrive at its full barrier too, one arrival a lane.
+template <typename Shape, bool kTokensAreA>
+__device__ __forceinline__ void copy_scales(const MatmulArgs& args, uint32_t scales, uint32_t full,
+                                            RingPlace<Shape::kSlots>& ring, int a_row, int b_row, int begin, int end) {
+    constexpr int kEach = Shape::kTokens / 32;
+    const int lane = threadIdx.x % 32, chunks = args.schedule.chunks;
+    // Where their scales of the chunk are. 32 bits do: x has 128 elements for each.
+    uint32_t token[kEach], weight;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const int row = min((kTokensAreA ? a_row : b_row) + i * 32 + lane, args.num_tokens - 1);
+        token[i] = static_cast<uint32_t>(row) * chunks + begin;
+    }
+    const int weight_row = min((kTokensAreA ? b_row : a_row) + lane % Shape::kPieces * 64, args.out_size - 1);
+    weight = static_cast<uint32_t>(weight_row / 128) * chunks + begin;
+    for (int chunk = begin; chunk < end; ++chunk) {
+        mbarrier_wait(full + (Shape::kSlots + ring.slot()) * 8, ring.parity() ^ 1);
+        const uint32_t to = scales + lane * 4 + ring.slot() * (Shape::kChunkScales * 4);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            cp_async_4(to + i * 128, args.token_scales + token[i]++);
+        }
+        if (lane < Shape::kPieces) {
+            cp_async_4(to + Shape::kTokens * 4, args.weight_scales + weight);
+        }
+        ++weight;
+        cp_async_arrive(uniform(full + ring.slot() * 8));
+        ring.next();
+    }
+}
+
 template <typename Shape, bool kTokensAreA, int kN, int kCluster>
 __device__ __forceinline__ void produce_scales(const MatmulArgs& args, MatmulShared<Shape>& shared, int worker,
                                                int rank) {
-    constexpr int kEach = Shape::kTokens / 32;
-    const int lane = threadIdx.x % 32, chunks = args.schedule.chunks;
-    const uint32_t scales = keep(shared_address(shared.chunk_scales) + lane * 4),
-                   full = keep(shared_address(shared.full)), empty = keep(shared_address(shared.empty));
+    const uint32_t scales = keep(shared_address(shared.chunk_scales)), full = keep(shared_address(shared.full));
     pdl_wait();
     RingPlace<Shape::kSlots> ring;
     MatmulWalk walk(args.schedule, worker);
     MatmulSegment segment;
     while (walk.next(args.schedule, segment)) {
         const MatmulPlace place = args.schedule.place(segment.tile);
-        const int a_row = (place.a * kCluster + rank) * kMatmulRows, b_row = place.b * kN;
-        // Where their scales of the chunk are. 32 bits do: x has 128 elements for each.
-        uint32_t token[kEach], weight;
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int row = min((kTokensAreA ? a_row : b_row) + i * 32 + lane, args.num_tokens - 1);
-            token[i] = static_cast<uint32_t>(row) * chunks + segment.begin;
-        }
-        const int weight_row = min((kTokensAreA ? b_row : a_row) + lane % Shape::kPieces * 64, args.out_size - 1);
-        weight = static_cast<uint32_t>(weight_row / 128) * chunks + segment.begin;
-        for (int chunk = segment.begin; chunk < segment.end; ++chunk) {
-            mbarrier_wait(empty + ring.slot() * 8, ring.parity() ^ 1);
-            const uint32_t to = scales + ring.slot() * (Shape::kChunkScales * 4);
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-                cp_async_4(to + i * 128, args.token_scales + token[i]++);
-            }
-            if (lane < Shape::kPieces) {
-                cp_async_4(to + Shape::kTokens * 4, args.weight_scales + weight);
-            }
-            ++weight;
-            cp_async_arrive(uniform(full + ring.slot() * 8));
-            ring.next();
-        }
+        copy_scales<Shape, kTokensAreA>(args, scales, full, ring, (place.a * kCluster + rank) * kMatmulRows,
+                                        place.b * kN, segment.begin, segment.end);
     }
 }
 

@@ -73,7 +73,7 @@ def choices_table(choices: Choices) -> Table:
         table.add_column(column, justify="right" if column in ("tokens", "us") else "left")
     by_tokens = sorted(choices.timed.items(), key=lambda item: (str(item[0][0]), item[0][1]))
     for (product, bucket), timed in by_tokens:
-        plain = rule(product, bucket)
+        plain = rule(product, bucket, choices.capability)
         beside = f"{plain} {timed.us[plain]:.1f}" if plain in timed.us and plain != timed.tactic else ""
         us = f"{timed.us[timed.tactic]:.1f}"
         table.add_row(str(product), str(bucket), str(timed.tactic), us, beside)

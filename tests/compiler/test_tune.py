@@ -33,7 +33,13 @@ from fastkernels.compiler.tune.calls import random_weight, random_x
 from fastkernels.compiler.tune.timer import CudaTimer, num_copies, rounds
 from fastkernels.config import ConfigError, cache_folder, tune_mode
 from fastkernels.models.presets import PRESETS
-from fastkernels.ops.gemm import LINEAR_TACTIC, MATMUL_SM80_TILES, MATMUL_TILES, NUM_MATMUL_TACTICS
+from fastkernels.ops.gemm import (
+    LINEAR_TACTIC,
+    MATMUL_FEW_TILES,
+    MATMUL_SM80_TILES,
+    MATMUL_TILES,
+    NUM_MATMUL_TACTICS,
+)
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -70,7 +76,7 @@ def chosen(choices: Choices, products=PRODUCTS) -> dict[tuple[Product, int], Tac
     }
 
 
-BY_RULE = chosen(Choices())
+BY_RULE = chosen(Choices(capability=HOPPER))
 
 
 # --- tactics ----------------------------------------------------------------------------------------------
@@ -81,6 +87,8 @@ def test_tiles_are_those_of_the_kernel():
     table = source.partition("kMatmulTiles[] = {")[2].partition("};")[0]
     found = re.findall(r"\{(true|false), (\d+), (\d+)\}", table)
     assert [(a == "true", int(c), int(n)) for a, c, n in found] == list(MATMUL_TILES)
+    few = re.findall(r"\{(\d+), (\d+), \d+\}", source.partition("kMatmulFewTiles[] = {")[2].partition(";")[0])
+    assert [(int(columns), int(cluster)) for columns, cluster in few] == list(MATMUL_FEW_TILES)
     tiles = ", ".join(map(str, MATMUL_SM80_TILES))
     assert f"kMatmulSm80Tiles[] = {{{tiles}}};" in (CSRC / "gemm" / "matmul_sm80.h").read_text()
     assert f"kNumMatmulTactics = {NUM_MATMUL_TACTICS};" in (CSRC / "include/fastkernels/gemm.h").read_text()
@@ -115,24 +123,26 @@ def test_buckets():
 def test_tactics_of_16_bit_weights(num_tokens):
     tactics = tactics_of(QKV, num_tokens, HOPPER)
     numbers = [tactic.number for tactic in tactics if tactic.kernel == "matmul"]
-    assert tactics[0] == TORCH and (STREAM in tactics) == (num_tokens <= 8)
-    assert numbers and not {4, 5} & set(numbers)
-    tiles = [MATMUL_TILES[number // 2] for number in numbers]
+    assert TORCH in tactics and (STREAM in tactics) == (num_tokens <= 8)
+    by_tile = 8 < num_tokens <= 64
+    assert numbers and not {4, 5} & set(numbers) and (-1 in numbers) == by_tile
+    tiles = [MATMUL_TILES[number // 2] for number in numbers if number >= 0]
     if num_tokens <= 64:
         assert not any(tile.tokens_are_a for tile in tiles)
     if num_tokens > 256:
         assert all(tile.tokens_are_a for tile in tiles)
     plain = [TORCH, STREAM] if num_tokens <= 8 else [TORCH]
     assert tactics_of(QKV, num_tokens, AMPERE) == plain
-    assert rule(QKV, num_tokens) == plain[-1]
+    assert rule(QKV, num_tokens, AMPERE) == plain[-1]
+    assert rule(QKV, num_tokens, HOPPER) == (Tactic("matmul", -1) if by_tile else plain[-1])
 
 
 def test_what_the_kernels_do_not_take_is_no_tactic():
     assert tactics_of(Product("linear", "fp32", torch.float32, 64, 64), 1, HOPPER) == [TORCH]
     assert tactics_of(Product("linear", "bf16", BF16, 64, 60), 1, HOPPER) == [TORCH]
     assert tactics_of(Product("linear", "bf16", BF16, 60, 64), 1, HOPPER) == [TORCH, STREAM]
-    assert rule(Product("linear", "fp32", torch.float32, 64, 64), 1) == TORCH
-    assert rule(Product("linear", "bf16", BF16, 64, 60), 1) == TORCH
+    assert rule(Product("linear", "fp32", torch.float32, 64, 64), 1, HOPPER) == TORCH
+    assert rule(Product("linear", "bf16", BF16, 64, 60), 9, HOPPER) == TORCH
 
 
 @pytest.mark.parametrize("num_tokens", BUCKETS)
@@ -140,7 +150,7 @@ def test_what_the_kernels_do_not_take_is_no_tactic():
 def test_tactics_of_bytes_keep_their_bits(weight, num_tokens):
     """No tile with sums of 14 bits, and none that the kernel refuses (tests/ops/test_matmul_sm90.py)."""
     product = Product("matmul", weight, BF16, 6144, 4096)
-    plain = rule(product, num_tokens)
+    plain = rule(product, num_tokens, HOPPER)
     assert plain == Tactic("matmul", LINEAR_TACTIC if num_tokens <= 8 else -1)
     numbers = {tactic.number for tactic in tactics_of(product, num_tokens, HOPPER)}
     assert plain.number in numbers
@@ -214,18 +224,18 @@ def test_full_times_every_tactic_once_and_takes_what_is_clearly_faster_than_the_
             tactics = tactics_of(product, bucket, HOPPER)
             assert [t for p, b, t in timer.calls if (p, b) == (product, bucket)] == tactics
             times = {tactic: MadeUpTimer()(product, bucket, tactic) for tactic in tactics}
-            fastest, plain = min(times, key=times.__getitem__), rule(product, bucket)
+            fastest, plain = min(times, key=times.__getitem__), rule(product, bucket, HOPPER)
             expected = fastest if times[fastest] <= 0.9 * times[plain] else plain
             assert choices.tactic(product, bucket) == expected
     assert choices.tactic(QKV, 500) == choices.tactic(QKV, 512)
-    assert choices.tactic(QKV, 2000) == rule(QKV, 2000), "no bucket that large was asked for"
+    assert choices.tactic(QKV, 2000) == rule(QKV, 2000, HOPPER), "no bucket that large was asked for"
 
 
 @pytest.mark.parametrize("product", [QKV, FP8, INT4], ids=str)
 @pytest.mark.parametrize("us, replaces", [(90.0, True), (91.0, False), (100.0, False)])
 def test_the_rules_tactic_stays_unless_another_is_a_tenth_faster(product, us, replaces, tmp_path):
     """Also where the rule leaves the tile to the kernel (-1, 0)."""
-    plain, other = rule(product, 32), tactics_of(product, 32, HOPPER)[-1]
+    plain, other = rule(product, 32, HOPPER), tactics_of(product, 32, HOPPER)[-1]
 
     def timer(_: Product, num_tokens: int, tactic: Tactic) -> float:
         return {plain: 100.0, other: us}.get(tactic, 110.0)
@@ -417,7 +427,7 @@ def test_calls_of_the_gpus_kernels(product):
     workspace = torch.zeros(16, dtype=torch.uint8)
     tactics = [*tactics_of(product, 24, HOPPER), *tactics_of(product, 24, AMPERE)]
     tactics = [tactic for tactic in tactics if tactic.kernel not in ("torch", "linear")]
-    for tactic in (*tactics, rule(product, 24)):
+    for tactic in (*tactics, rule(product, 24, HOPPER)):
         if tactic != TORCH:
             with pytest.raises(ValueError, match=r"no kernel for the CPU|runs on CUDA only"):
                 call_of(product, tactic, [*(part[:24] for part in x), *weights], out, workspace)()

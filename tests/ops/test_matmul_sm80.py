@@ -5,9 +5,9 @@ import torch
 
 from fastkernels import ops
 from fastkernels.ops.gemm import (
+    FIRST_FEW_TACTIC,
     FIRST_SM80_TACTIC,
     LINEAR_TACTIC,
-    NUM_MATMUL_TACTICS,
     matmul,
     matmul_workspace,
 )
@@ -25,7 +25,7 @@ from tests.tolerances import assert_similar, poisoned
 pytestmark = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
 
 IS_HOPPER = CUDA_REASON is None and torch.cuda.get_device_capability() == (9, 0)
-TACTICS = [*range(FIRST_SM80_TACTIC, NUM_MATMUL_TACTICS), *(() if IS_HOPPER else (-1, LINEAR_TACTIC))]
+TACTICS = [*range(FIRST_SM80_TACTIC, FIRST_FEW_TACTIC), *(() if IS_HOPPER else (-1, LINEAR_TACTIC))]
 TOKENS = [1, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000]
 SIZES = [
     (8, 16),

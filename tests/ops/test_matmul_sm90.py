@@ -5,7 +5,7 @@ import torch
 
 from fastkernels import ops
 from fastkernels.ops import reference
-from fastkernels.ops.gemm import LINEAR_TACTIC, NUM_MATMUL_TACTICS, matmul_workspace
+from fastkernels.ops.gemm import FIRST_FEW_TACTIC, LINEAR_TACTIC, NUM_MATMUL_TACTICS, matmul_workspace
 from tests.conftest import CUDA_REASON
 from tests.ops.matmul_cases import (
     SCHEMES,
@@ -24,7 +24,8 @@ pytestmark = [
     ),
 ]
 
-TACTICS = list(range(-1, LINEAR_TACTIC + 1))  # those behind it: test_matmul_sm80.py
+FEW = list(range(FIRST_FEW_TACTIC, NUM_MATMUL_TACTICS))
+TACTICS = [*range(-1, LINEAR_TACTIC + 1), *FEW]  # those between: test_matmul_sm80.py
 FAST_FP8 = (0, 1, 2, 3)  # tiles of 256 columns: sums of e4m3 with about 14 bits
 NOT_BY_BLOCKS = (0, 1, 2, 3, 14, 15)
 ONLY_FP8 = (4, 5)  # tiles of 192 columns
@@ -102,6 +103,15 @@ def test_the_tactic_of_few_tokens_says_what_it_takes(workspace):
             ops.quantized_linear(**given, tactic=LINEAR_TACTIC, workspace=workspace)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tactic", FEW)
+def test_few_tokens_of_a_layer(tactic, scheme, workspace):
+    """Shares of K of many rounds of the ring, and of none: a cluster has blocks without a chunk."""
+    for num_tokens, out_size, in_size in ((16, 4096, 4096), (33, 1160, 14336), (64, 264, 128), (9, 72, 256)):
+        given = {"tactic": tactic, "workspace": workspace}
+        check_quantized(scheme, num_tokens, out_size, in_size, torch.bfloat16, **given)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_long_rows(scheme, mean, workspace):
@@ -116,10 +126,10 @@ def test_long_rows(scheme, mean, workspace):
         assert_similar(out, exact, 1e-5)
 
 
-@pytest.mark.parametrize("tactic", [-1, 1, 6, 9, 13, 15])
+@pytest.mark.parametrize("tactic", [-1, 1, 6, 9, 13, 15, *FEW])
 def test_llama_shapes(tactic, workspace):
     for out_size, in_size in ((6144, 4096), (4096, 14336)):
-        for num_tokens in (32, 64, 128, 1000):
+        for num_tokens in (16, 32, 64, 128, 1000):
             x, weight, bias = operands(num_tokens, out_size, in_size, torch.bfloat16)
             out = poisoned(num_tokens, out_size, dtype=torch.bfloat16, device="cuda")
             ops.linear(x, weight, bias, tactic=tactic, workspace=workspace, out=out)
@@ -142,6 +152,19 @@ def test_strides(tactic, workspace):
     assert wide_out[:, :16].isnan().all() and wide_out[:, 216:].isnan().all()
 
 
+@pytest.mark.parametrize("tactic", [-1, *FEW])
+def test_rows_of_out_that_end_within_16_bytes(tactic, workspace):
+    x, weight, bias = operands(70, 187, 1040, torch.bfloat16)
+    wide_out = poisoned(70, 256, dtype=torch.bfloat16, device="cuda")
+    out = wide_out[:, 16:203]
+    ops.linear(x, weight, bias, tactic=tactic, workspace=workspace, out=out)
+    exact = reference.linear(x.double(), weight.double(), bias.double())
+    assert_as_good_as_torch(out, reference.linear(x, weight, bias), exact)
+    assert wide_out[:, :16].isnan().all() and wide_out[:, 203:].isnan().all()
+    with pytest.raises(Exception, match="want a multiple of 8"):
+        ops.linear(x, weight, bias, tactic=9, workspace=workspace, out=out)
+
+
 @pytest.mark.parametrize("tactic", TACTICS_16_BITS)
 def test_nan_stays_in_its_token_and_row(tactic, workspace):
     x, weight, _ = operands(129, 264, 200, torch.bfloat16)
@@ -154,7 +177,7 @@ def test_nan_stays_in_its_token_and_row(tactic, workspace):
     assert torch.equal(out[keep], clean[keep])
 
 
-@pytest.mark.parametrize("tactic", [-1, 0, 9, 13])
+@pytest.mark.parametrize("tactic", [-1, 0, 9, 13, *FEW])
 def test_in_a_graph_behind_other_kernels(tactic, workspace):
     """Dependent launches: x is written by the kernel before, and the workspace used by all of them."""
     x, weight, _ = operands(64, 1024, 1024, torch.bfloat16)

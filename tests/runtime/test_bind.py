@@ -239,7 +239,7 @@ def test_an_engines_choices(made_up_gpu, tmp_path, scheme, head):
             plan, options, device, BF16, mode=mode, progress=lambda *report: reported.append(report)
         )
 
-    assert choose("off") == choose("cached") == BY_RULE and not taken
+    assert choose("off") == choose("cached") == Choices(capability=HOPPER) and not taken
     full = choose("full")
     assert len(taken) == full.num_timed == len(reported)
     assert reported[-1] == ("timing matrix products", len(taken), len(taken))

@@ -52,7 +52,7 @@ struct MatmulParams {
     int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
-inline constexpr int kNumMatmulTactics = 19;
+inline constexpr int kNumMatmulTactics = 23;
 
 // With zero points all of a sum, (x - zero) * weight, is to fit an int32.
 inline constexpr int64_t kMaxInSizeWithZeros = 1 << 16;

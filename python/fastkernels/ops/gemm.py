@@ -46,7 +46,19 @@ MATMUL_SM80_TILES = (128, 64)
 """Of the kernel for any GPU, kMatmulSm80Tiles in csrc/gemm/matmul_sm80.h: so many tokens and rows of the
 weight. Tile t is the tactic FIRST_SM80_TACTIC + t; of bytes alone."""
 FIRST_SM80_TACTIC = LINEAR_TACTIC + 1
-NUM_MATMUL_TACTICS = FIRST_SM80_TACTIC + len(MATMUL_SM80_TILES)
+
+
+class MatmulFewTile(NamedTuple):
+    """Tile t of Hopper's kernel for few tokens, kMatmulFewTiles in csrc/gemm/matmul_sm90.h, is the tactic
+    FIRST_FEW_TACTIC + t: 64 rows of the weight times ``columns`` tokens, K shared out over a cluster."""
+
+    columns: int
+    cluster: int
+
+
+MATMUL_FEW_TILES = (MatmulFewTile(32, 2), MatmulFewTile(32, 4), MatmulFewTile(64, 2), MatmulFewTile(64, 4))
+FIRST_FEW_TACTIC = FIRST_SM80_TACTIC + len(MATMUL_SM80_TILES)
+NUM_MATMUL_TACTICS = FIRST_FEW_TACTIC + len(MATMUL_FEW_TILES)
 MAX_IN_SIZE_WITH_ZEROS = 1 << 16
 
 register_mutating_fake("linear")
@@ -73,8 +85,9 @@ def linear(
     bias:   [out_size], dtype of x, or None
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first rows are then read while the kernel before this one ends
-    tactic: given, any number of tokens go through the Hopper kernel of large products: 0 to
-            LINEAR_TACTIC - 1, a tile and a way to share out the work, or -1, which chooses by shape
+    tactic: given, any number of tokens go through Hopper's kernels of ``matmul``: 0 to LINEAR_TACTIC - 1, a
+            tile and a way to share out the work, FIRST_FEW_TACTIC and above, tiles for few tokens, or -1,
+            which chooses by shape
     workspace: of the Hopper kernel, from ``matmul_workspace``, one for calls that may run at the same time;
             None: one kept for the current stream, or made when that is being captured
     out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
@@ -82,7 +95,7 @@ def linear(
     on the others (with a tactic: on those of other tiles); safe in a CUDA graph. More tokens without a tactic
     are torch.nn.functional.linear's.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
-    Kernels: csrc/gemm/linear.cuh, linear.cpp, matmul_sm90.cuh
+    Kernels: csrc/gemm/linear.cuh, linear.cpp, matmul_sm90.cuh, matmul_sm90_few.cuh
     """
     op = "linear"
     x, weight = as_tensor(x), as_tensor(weight)

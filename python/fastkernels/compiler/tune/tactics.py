@@ -11,7 +11,14 @@ from fastkernels import ops
 from fastkernels.compiler.graph import CompileError
 from fastkernels.compiler.plan import Plan, Step
 from fastkernels.ops.checks import dtype_name
-from fastkernels.ops.gemm import FIRST_SM80_TACTIC, LINEAR_TACTIC, MATMUL_SM80_TILES, MATMUL_TILES, MatmulTile
+from fastkernels.ops.gemm import (
+    FIRST_SM80_TACTIC,
+    LINEAR_TACTIC,
+    MATMUL_FEW_TILES,
+    MATMUL_SM80_TILES,
+    MATMUL_TILES,
+    MatmulTile,
+)
 from fastkernels.ops.quantized_gemm import WITH_ZEROS
 from fastkernels.ops.weight_only import has_tile, takes_e4m3
 from fastkernels.quantize import Repacked, Rounded, find_scheme
@@ -54,6 +61,8 @@ TORCH = Tactic("torch")
 STREAM = Tactic("linear")
 MOST_STREAMED_TOKENS = 8
 """That linear's kernel multiplies at once; with more, it would read the weight twice."""
+MOST_FEW_TOKENS = max(tile.columns for tile in MATMUL_FEW_TILES)
+"""That Hopper's tiles for few tokens multiply at once."""
 
 
 @dataclass(frozen=True)
@@ -109,30 +118,33 @@ def products_of(
     return found
 
 
-def rule(product: Product, num_tokens: int) -> Tactic:
-    """What is taken where nothing was timed."""
+def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) -> Tactic:
+    """What is taken where nothing was timed on a GPU of this compute capability; None: not known."""
     if product.op == "matmul":
         # -1 is this one too; by its name the tuner knows its time.
         return Tactic("matmul", LINEAR_TACTIC if _streams_bytes(product, num_tokens) else -1)
     if product.op == "quantized_linear":
         return Tactic("weight_only_linear", 0)
-    return STREAM if _streams(product, num_tokens) else TORCH
+    if _streams(product, num_tokens):
+        return STREAM
+    few = 0 < num_tokens <= MOST_FEW_TOKENS and _has_hopper_matmul(product, capability)
+    return Tactic("matmul", -1) if few else TORCH
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
     """The rule's and all others that are worth timing for so many tokens on a GPU of this compute capability,
     in a fixed order."""
+    plain = rule(product, num_tokens, capability)
     if product.op == "matmul":
-        return _with(rule(product, num_tokens), _matmul_tactics(product, num_tokens, capability))
+        return _with(plain, _matmul_tactics(product, num_tokens, capability))
     if product.op == "quantized_linear":
-        return _with(rule(product, num_tokens), _weight_only_tactics(product.weight, num_tokens, capability))
+        return _with(plain, _weight_only_tactics(product.weight, num_tokens, capability))
     tactics = [TORCH]
     if _streams(product, num_tokens):
         tactics.append(STREAM)
-    whole = (product.in_size | product.out_size) % 8 == 0  # 16 bytes
-    if capability == HOPPER and product.dtype != torch.float32 and whole:
+    if _has_hopper_matmul(product, capability):
         tactics += _matmul_tactics(product, num_tokens, capability)
-    return tactics
+    return _with(plain, tactics)
 
 
 def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -143,6 +155,12 @@ def matmul_runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 def _streams(product: Product, num_tokens: int) -> bool:
     """Whether ``ops.linear`` takes it without a tactic, in one pass over the weight."""
     return num_tokens <= MOST_STREAMED_TOKENS and product.dtype != torch.float32 and product.in_size % 8 == 0
+
+
+def _has_hopper_matmul(product: Product, capability: tuple[int, int] | None) -> bool:
+    """Whether ``matmul`` takes a product with weights of 16 bits."""
+    whole = (product.in_size | product.out_size) % 8 == 0  # 16 bytes
+    return capability == HOPPER and product.dtype != torch.float32 and whole
 
 
 def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
@@ -173,6 +191,8 @@ def _weight_only_tactics(weight: str, num_tokens: int, capability: tuple[int, in
 
 
 def _matmul_tactics(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
+    """Of Hopper's tiles for few tokens the rule (-1) takes the one that is the best among a step's other
+    kernels; another may be a sixth faster alone, and 7 us a layer slower there (docs/kernels/gemm.md)."""
     if capability == HOPPER:
         tiles = [
             Tactic("matmul", 2 * index + shared)

@@ -33,14 +33,19 @@ Timer = Callable[[Product, int, Tactic], float]
 
 @dataclass(frozen=True)
 class Choices:
-    """What an engine takes; fixed when it is made. num_timed: how many times were taken for it."""
+    """What an engine takes; fixed when it is made.
+
+    num_timed:  how many times were taken for it
+    capability: of the GPU that it is for, by which the rule goes
+    """
 
     timed: Mapping[tuple[Product, int], Timed] = field(default_factory=dict)
     num_timed: int = 0
+    capability: tuple[int, int] | None = None
 
     def tactic(self, product: Product, num_tokens: int) -> Tactic:
         found = self.timed.get((product, bucket_of(num_tokens)))
-        return rule(product, num_tokens) if found is None else found.tactic
+        return rule(product, num_tokens, self.capability) if found is None else found.tactic
 
 
 BY_RULE = Choices()
@@ -66,7 +71,7 @@ def tune(
     What the cache has is taken if it is still one of the tactics.
     """
     if mode == "off":
-        return BY_RULE
+        return Choices(capability=capability)
     kept = cache.read()
     timed: dict[tuple[Product, int], Timed] = {}
     missing: dict[Product, dict[int, list[Tactic]]] = {}
@@ -89,10 +94,10 @@ def tune(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            best, plain = min(times, key=times.__getitem__), rule(product, bucket)
+            best, plain = min(times, key=times.__getitem__), rule(product, bucket, capability)
             if times[best] > MOST_OF_RULE * times[plain]:
                 best = plain
             new[bucket] = Timed(best, times)
         cache.store(str(product), new)
         timed |= {(product, bucket): one for bucket, one in new.items()}
-    return Choices(timed, done)
+    return Choices(timed, done, capability)
