@@ -36,7 +36,7 @@ def test_what_it_prints(made_up_gpu, tmp_path):
     rows = [line.split()[3:] for line in lines if line.startswith("linear bf16 6144x4096")]
     assert rows == [
         *([tokens, "torch", "5.2", "linear", "6.2"] for tokens in ("1", "2", "4", "8")),
-        *([tokens, "torch", "5.2"] for tokens in ("16", "24")),
+        *([tokens, "torch", "5.2", "matmul", "-1", "9.2"] for tokens in ("16", "24")),
     ]
     assert lines[-1].startswith("26 choices, ") and lines[-1].endswith(
         str(tmp_path / "fastkernels/tactics.json")
