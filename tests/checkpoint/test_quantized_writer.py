@@ -151,6 +151,9 @@ def test_plain_tensors_replace_the_sources(plain: Path, tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor(norm), torch.full((128,), 0.5))
     scheme = checkpoint.config_dict["quantization_config"]["kv_cache_scheme"]
     assert (scheme["num_bits"], scheme["type"], scheme["strategy"]) == (8, "float", "tensor")
+    shards = [*checkpoint.path.glob("*.safetensors")]
+    modes = {path.stat().st_mode for path in (checkpoint.path / "config.json", *shards)}
+    assert shards and len(modes) == 1  # whoever may read the one may read the others
     with LLM(checkpoint.path, device="cpu", max_num_seqs=1) as llm:
         assert torch.isfinite(llm.logits([5, 6, 7])).all()
 

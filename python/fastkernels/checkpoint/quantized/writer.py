@@ -251,6 +251,7 @@ class QuantizedWriter:
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
         unfinished = path.with_suffix(".unfinished")
         save_file(tensors, unfinished, metadata={"format": "pt"})
+        shutil.copymode(self._partial / _PROGRESS, unfinished)  # save_file's are for nobody but the owner
         unfinished.rename(path)
 
     def _claim(self, name: str) -> None:
