@@ -15,6 +15,7 @@
 
 #include "common/launch.h"
 #include "common/ptx/cluster.cuh"
+#include "common/ptx/cluster_barrier.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/elect.cuh"
 #include "common/ptx/movmatrix.cuh"
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(MatmulFewShape<T, kScales, kN, kSlots>::kThrea
     }
     __syncthreads();
     if constexpr (!Shape::kPartsInRing) {
-        cluster_arrive();  // this block has begun, and may be sent parts
+        cluster_arrive_relaxed();  // this block has begun, and may be sent parts
     }
     if (warp >= kWarps) {
         if (warp == kWarps) {
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(MatmulFewShape<T, kScales, kN, kSlots>::kThrea
         }
         __syncwarp();
         if constexpr (Shape::kPartsInRing) {
-            cluster_arrive();
+            cluster_arrive_relaxed();
         }
         cluster_wait();
         return;
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(MatmulFewShape<T, kScales, kN, kSlots>::kThrea
     // To the block that writes this warp's rows, as the lanes hold them, eight tokens after eight.
     const uint32_t parts = shared_address(Shape::kPartsInRing ? shared.ring[0] : shared.parts);
     if constexpr (Shape::kPartsInRing) {
-        cluster_arrive();
+        cluster_arrive_relaxed();
     }
     cluster_wait();
     {

@@ -1,19 +1,10 @@
-// What blocks of a cluster (sm_90) need to hand each other sums without a fence: the cluster's barrier that orders
-// nothing, and stores to another block's shared memory that count at an mbarrier there. A cluster_sync(), or an arrival
-// at the cluster's barrier that releases what was written, waits for all of a thread's stores, to the whole GPU.
+// Stores to the shared memory of another block of the cluster (sm_90) that count at an mbarrier there, so that sums are
+// handed on without a fence.
 #pragma once
 
 #include <cstdint>
 
 namespace fastkernels {
-
-// The cluster's barrier in two steps, for all of its threads. Orders no accesses but mbarrier_init_fence()'s.
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait;" ::: "memory");
-}
 
 // The same place in shared memory of block `rank`.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, int rank) {
