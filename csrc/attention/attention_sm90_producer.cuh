@@ -153,31 +153,42 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<Sh
                                         a.page_rows +
                                     tile.kv_head * p.page_size + (key & (p.page_size - 1)));
         };
+        // keys: that the sequence has from the place's first on. Read anew where it is called: registers are scarce.
+        const auto load = [&](int place, uint32_t to, int keys, int row, uint32_t barrier) {
+            const int boxes = max(0, min(kKeys, keys + (1 << box_shift) - 1)) >> box_shift;
+            if (lane == 0) {
+                mbarrier_arrive_expect_bytes(barrier, boxes * kPanels << box_shift << 7);
+            }
+            __syncwarp();
+            if (lane < boxes * kPanels) {
+                tma_load(to + ((kFirstPanel + panel) * kKeys + box_key) * 128, is_v(place) ? args.v_map : args.k_map,
+                         panel * Shape::kBoxColumns, paged ? 0 : tile.kv_head, row, barrier);
+            }
+        };
         int row = look_up(i);
 #pragma unroll 1
         for (; i < 2 * num_blocks; i += kLoaders) {
             const int next_row = look_up(i + kLoaders);
-            const int keys = tile.len_k - first_key(i);  // that the sequence has from here on
-            const int boxes = max(0, min(kKeys, keys + (1 << box_shift) - 1)) >> box_shift;
+            const int keys = tile.len_k - first_key(i);
             const uint32_t slot = shared_address(shared.ring[place.slot]);
-            const uint32_t full = shared_address(&shared.full[place.slot]);
             const uint32_t landed = shared_address(&shared.landed[warp - 1]);
-            const bool changes = Shape::kWidens || (is_v(i) && keys < kKeys);  // what TMA brings
-            mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
-            if (lane == 0) {
-                mbarrier_arrive_expect_bytes(changes ? landed : full, boxes * kPanels << box_shift << 7);
-            }
-            __syncwarp();
-            if (lane < boxes * kPanels) {
-                tma_load(slot + ((kFirstPanel + panel) * kKeys + box_key) * 128, is_v(i) ? args.v_map : args.k_map,
-                         panel * Shape::kBoxColumns, paged ? 0 : tile.kv_head, row, changes ? landed : full);
-            }
-            if (changes) {
+            if constexpr (Shape::kWidens) {
+                const uint32_t full = shared_address(&shared.full[place.slot]);
+                mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
+                load(i, slot, keys, row, landed);
                 mbarrier_wait(landed, num_landed % 2);
                 ++num_landed;
-                if constexpr (Shape::kWidens) {
-                    widen<Shape>(p.kv_dtype, slot, keys, lane);
-                } else {
+                widen<Shape>(p.kv_dtype, slot, keys, lane);
+                fence_async_shared();
+                mbarrier_arrive(full);  // every lane, for what it wrote
+            } else {
+                const bool zeroes = is_v(i) && keys < kKeys;
+                mbarrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
+                load(i, shared_address(shared.ring[place.slot]), tile.len_k - first_key(i), row,
+                     zeroes ? landed : shared_address(&shared.full[place.slot]));
+                if (zeroes) {
+                    mbarrier_wait(landed, num_landed % 2);
+                    ++num_landed;
 #pragma unroll 1
                     for (int j = max(0, keys) * 8 + lane; j < kKeys * 8; j += 32) {
 #pragma unroll
@@ -185,13 +196,11 @@ __device__ __forceinline__ void produce_keys(const Sm90Args& args, Sm90Shared<Sh
                             store_shared_16(slot + column * (kKeys * 128) + j * 16, make_uint4(0, 0, 0, 0));
                         }
                     }
-                }
-                fence_async_shared();
-                if constexpr (!Shape::kWidens) {
+                    fence_async_shared();
                     __syncwarp();
-                }
-                if (Shape::kWidens || lane == 0) {  // racecheck sees that a lane hands on what it wrote itself
-                    mbarrier_arrive(full);
+                    if (lane == 0) {
+                        mbarrier_arrive(shared_address(&shared.full[place.slot]));
+                    }
                 }
             }
             row = next_row;

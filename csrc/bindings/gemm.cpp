@@ -223,9 +223,9 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
 }
 
 // x: bytes, with x_scales, or with norm_weight a row of the dtype of out
-void token_linear(Tensor x, std::optional<Tensor> x_scales, std::optional<Tensor> norm_weight, double eps,
-                  Tensor weight, Tensor weight_scales, std::optional<Tensor> bias, bool constant_weight, bool adds,
-                  Tensor y) {
+void token_linear(Tensor x, std::optional<Tensor> x_scales, std::optional<Tensor> norm_weight,
+                  [[maybe_unused]] double eps, Tensor weight, Tensor weight_scales, std::optional<Tensor> bias,
+                  bool constant_weight, [[maybe_unused]] bool adds, Tensor y) {
     check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(0) == 1 && y.size(0) == 1 &&
               x.size(1) == weight.size(1) && weight.size(0) == y.size(1),
           "token_linear: x must be [1, in_size], weight [out_size, in_size] and out [1, out_size]");
@@ -273,9 +273,9 @@ void token_linear(Tensor x, std::optional<Tensor> x_scales, std::optional<Tensor
 }
 
 // norm_weight: of a norm before the product; gated: packed has the rows of the gate, then those of up
-void token_weight_only_linear(Tensor x, std::optional<Tensor> norm_weight, double eps, Tensor packed,
+void token_weight_only_linear(Tensor x, std::optional<Tensor> norm_weight, [[maybe_unused]] double eps, Tensor packed,
                               Tensor row_factors, std::optional<Tensor> bias, int64_t format, int64_t tactic,
-                              bool constant_weight, bool adds, bool gated, Tensor y) {
+                              bool constant_weight, [[maybe_unused]] bool adds, bool gated, Tensor y) {
     using torch::headeronly::ScalarType;
     check(x.dim() == 2 && y.dim() == 2 && x.size(0) == 1 && y.size(0) == 1 &&
               row_factors.numel() == y.size(1) * (gated ? 2 : 1),
