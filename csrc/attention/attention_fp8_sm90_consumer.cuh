@@ -3,7 +3,6 @@
 
 #include "attention/attention_fp8_sm90_shared.cuh"
 #include "attention/attention_sm90_consumer.cuh"
-#include "common/ptx/byte_types.cuh"
 #include "common/ptx/ldmatrix.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/wgmma_e4m3.cuh"

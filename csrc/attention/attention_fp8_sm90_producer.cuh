@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention_fp8_sm90_shared.cuh"
+#include "common/ptx/byte_types.cuh"
 #include "common/ptx/ldmatrix.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/stmatrix.cuh"

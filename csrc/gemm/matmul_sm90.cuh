@@ -25,6 +25,7 @@
 #pragma once
 
 #include "common/launch.h"
+#include "common/ptx/cluster.cuh"
 #include "common/ptx/elect.cuh"
 #include "gemm/matmul_sm90_consumer.cuh"
 #include "gemm/matmul_sm90_producer.cuh"

@@ -1,7 +1,6 @@
 // A consumer warpgroup of matmul_sm90: 64 rows of A times a tile's columns, from wgmma to the stores of out.
 #pragma once
 
-#include "common/ptx/cluster.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/cp_async_mbarrier.cuh"
 #include "common/ptx/mbarrier.cuh"

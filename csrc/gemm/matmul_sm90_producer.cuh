@@ -1,7 +1,6 @@
 // The producer of matmul_sm90: TMA, and a warp of its own for scales of blocks.
 #pragma once
 
-#include "common/ptx/cluster.cuh"
 #include "common/ptx/cp_async_mbarrier.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/pdl.cuh"

@@ -21,6 +21,7 @@
 #pragma once
 
 #include "common/launch.h"
+#include "common/ptx/elect.cuh"
 #include "gemm/weight_only_sm90_consumer.cuh"
 #include "gemm/weight_only_sm90_producer.cuh"
 

@@ -5,7 +5,6 @@
 
 #include "common/ptx/bulk_copy.cuh"
 #include "common/ptx/cluster.cuh"
-#include "common/ptx/elect.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/tma.cuh"

@@ -147,6 +147,8 @@ def test_plain_tensors_replace_the_sources(plain: Path, tmp_path: Path) -> None:
     writer.add_plain(norm, torch.full((128,), 0.5))
     writer.add_plain("model.layers.0.self_attn.k_scale", torch.tensor([0.25]))
     writer.add(UP, "int4", find_scheme("int4").quantize(torch.randn(256, 128)))
+    with pytest.raises(CheckpointError, match=r"does not hold the offset .* yet"):
+        writer.key_offset("model.layers.0.self_attn.k_offset")
     checkpoint = Checkpoint(writer.finish())
     assert torch.equal(checkpoint.tensor(norm), torch.full((128,), 0.5))
     scheme = checkpoint.config_dict["quantization_config"]["kv_cache_scheme"]

@@ -75,6 +75,14 @@ def check_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be contiguous, its strides are {list(x.stride())}")
 
 
+def _require_bytes(op: str, kv_cache: torch.Tensor, name: str, it_is: str) -> None:
+    require(
+        kv_cache.dtype in BYTE_DTYPES,
+        f"{op}: {name} is given, but kv_cache is {dtype_name(kv_cache.dtype)}; {it_is} for caches of "
+        + ", ".join(map(dtype_name, BYTE_DTYPES)),
+    )
+
+
 def check_scales(
     op: str, kv_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
 ) -> None:
@@ -82,11 +90,7 @@ def check_scales(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is None:
             continue
-        require(
-            kv_cache.dtype in BYTE_DTYPES,
-            f"{op}: {name} is given, but kv_cache is {dtype_name(kv_cache.dtype)}; scales are for caches of "
-            + ", ".join(map(dtype_name, BYTE_DTYPES)),
-        )
+        _require_bytes(op, kv_cache, name, "scales are")
         check_dtype(op, name, scale, (torch.float32,))
         check_shape(op, name, scale, (kv_cache.shape[2],), "[num_kv_heads]")
         check_device(op, kv_cache=kv_cache, **{name: scale})
@@ -97,11 +101,7 @@ def check_key_offset(op: str, kv_cache: torch.Tensor, k_offset: torch.Tensor | N
     """What a cache of bytes holds its keys without."""
     if k_offset is None:
         return
-    require(
-        kv_cache.dtype in BYTE_DTYPES,
-        f"{op}: k_offset is given, but kv_cache is {dtype_name(kv_cache.dtype)}; it is for caches of "
-        + ", ".join(map(dtype_name, BYTE_DTYPES)),
-    )
+    _require_bytes(op, kv_cache, "k_offset", "it is")
     check_dtype(op, "k_offset", k_offset, (torch.float32,))
     check_shape(op, "k_offset", k_offset, (kv_cache.shape[2], kv_cache.shape[4]), "[num_kv_heads, head_dim]")
     check_device(op, kv_cache=kv_cache, k_offset=k_offset)

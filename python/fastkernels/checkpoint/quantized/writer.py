@@ -165,6 +165,8 @@ class QuantizedWriter:
 
     def key_offset(self, name: str) -> Tensor:
         """One that an earlier flush wrote, read back."""
+        if name not in self._offsets:
+            raise CheckpointError(f"{self._partial} does not hold the offset {name!r} yet")
         return self._offsets[name]
 
     def flush(self, notes: Mapping[str, Any] | None = None) -> None:
