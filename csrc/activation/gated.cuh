@@ -9,25 +9,14 @@
 #include <algorithm>
 
 #include "common/launch.h"
-#include "common/ptx/ex2.cuh"
 #include "common/ptx/pdl.cuh"
-#include "common/ptx/rcp.cuh"
 #include "common/quantize_rows.cuh"
+#include "common/sigmoid.cuh"
 #include "fastkernels/activation.h"
 
 namespace fastkernels {
 
 inline constexpr int kGatedMaxThreads = 256;
-
-// x * sigmoid(y). The fast forms are within 1e-6 of the exact ones: below the rounding of a 16-bit result, not of fp32.
-template <typename T>
-__device__ __forceinline__ float times_sigmoid(float x, float y) {
-    if constexpr (sizeof(T) == 2) {
-        return x * rcp_approx(1.0f + exp2_approx(y * -1.44269504f));
-    } else {
-        return x / (1.0f + expf(-y));
-    }
-}
 
 template <typename Activation, typename T, int kVec>
 __global__ void __launch_bounds__(kGatedMaxThreads) gated_kernel(const GatedParams p, unsigned blocks_per_token) {

@@ -5,7 +5,7 @@ namespace fastkernels {
 
 void linear_bytes(const MatmulParams& p, void* stream) {
     check(fits_linear_bytes(p), "matmul: the tactic of few tokens takes fp8 and int8, up to ", kLinearBytesMaxTokens,
-          " tokens, and an in_size that is a multiple of 16");
+          " tokens, an in_size that is a multiple of 16, and no gate, residual or out in bytes");
     if (p.scales == MatmulScales::block) {
         run_linear<__nv_fp8_e4m3, MatmulScales::block>(p, stream);
     } else if (p.dtype == DType::e5m2) {

@@ -21,7 +21,7 @@ int default_tactic(const MatmulParams& p) {
         return kLinearTactic;
     }
     const auto tiles = [](int64_t size) { return (size + 127) / 128; };
-    return kFirstSm80Tactic + (tiles(p.num_tokens) * tiles(p.out_size) >= num_sms() ? 0 : 1);
+    return kFirstSm80Tactic + (tiles(p.num_tokens) * tiles(weight_rows(p)) >= num_sms() ? 0 : 1);
 }
 
 void matmul_sm80(const MatmulParams& p, int size, void* stream) {
@@ -53,16 +53,28 @@ void matmul_cuda(const MatmulParams& p, void* stream) {
     if (p.num_tokens == 0 || p.out_size == 0) {
         return;
     }
-    const auto address =
-        reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) | reinterpret_cast<uintptr_t>(p.out);
+    const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.weight) |
+                         reinterpret_cast<uintptr_t>(p.out) | reinterpret_cast<uintptr_t>(p.residual);
     const int64_t bytes = static_cast<int64_t>(size_bytes(p.dtype));
     const int64_t x_stride = p.num_tokens > 1 ? p.x_token_stride * bytes : 0;
-    const int64_t weight_stride = p.out_size > 1 ? p.weight_row_stride * bytes : 0;
-    const int64_t out_stride = p.num_tokens > 1 ? p.out_token_stride * 2 : 0;
-    check(address % 16 == 0 && (x_stride | weight_stride | out_stride) % 16 == 0,
-          "matmul: x, weight, out and their rows must be aligned to 16 bytes");
-    check(p.out_dtype == DType::bf16 || p.out_dtype == DType::f16, "matmul: out is ", name(p.out_dtype),
-          ", but the op gives bf16 and fp16");
+    const int64_t weight_stride = weight_rows(p) > 1 ? p.weight_row_stride * bytes : 0;
+    const int64_t out_stride =
+        p.num_tokens > 1 ? p.out_token_stride * static_cast<int64_t>(size_bytes(p.out_dtype)) : 0;
+    const int64_t residual_stride = p.num_tokens > 1 && p.residual != nullptr ? p.residual_token_stride * 2 : 0;
+    check(address % 16 == 0 && (x_stride | weight_stride | out_stride | residual_stride) % 16 == 0,
+          "matmul: x, weight, residual, out and their rows must be aligned to 16 bytes");
+    const bool out_is_bytes = p.out_dtype == DType::e4m3 || p.out_dtype == DType::i8;
+    check(out_is_bytes == (p.out_scale != nullptr) &&
+              (out_is_bytes || p.out_dtype == DType::bf16 || p.out_dtype == DType::f16),
+          "matmul: out is ", name(p.out_dtype),
+          ", but the op gives bf16 and fp16, and e4m3 and int8 with an out_scale");
+    check((p.bias_dtype == DType::bf16 || p.bias_dtype == DType::f16) && (out_is_bytes || p.bias_dtype == p.out_dtype),
+          "matmul: bias and residual must be bf16 or fp16, and where out is no bytes have its type");
+    check(!p.gated || (p.bias == nullptr && p.residual == nullptr),
+          "matmul: a product with a gate takes no bias and no residual");
+    const int64_t multiple = p.gated && p.scales == MatmulScales::block ? 128 : out_is_bytes ? 16 : 8;
+    check(is_plain(p) || p.out_size % multiple == 0, "matmul: out_size is ", p.out_size,
+          "; with a gate, a residual or out in bytes it must here be a multiple of ", multiple);
     check(p.scales != MatmulScales::block || p.in_size % 128 == 0, "matmul: in_size is ", p.in_size,
           "; with scales of blocks it must be a multiple of 128");
     check(p.in_size > 0 && p.tactic >= -1 && p.tactic < kNumMatmulTactics, "matmul: tactic is ", p.tactic,

@@ -13,18 +13,20 @@
 // sums are fp32. Others do, with about 14 bits: there the product of each chunk is added to fp32 registers, as it is
 // where blocks have scales. Sums of int8 are int32; with zero points, sums of the weight's rows are taken off.
 //
+// Gated, a block's rows are 4 of the gate and 4 of up in turn, and so are a lane's 8.
+//
 // Blocks go through 8 tiles of tokens before the next rows of the weight, so that what runs at a time is about a
 // square. FLOPs: 2 * K an element of out. Bytes: from L2, 2 K / kSize an element of out. Source: NVIDIA's CUTLASS (the
 // ring of cp.async).
 #pragma once
 
-#include "common/dtype.cuh"
+#include "common/convert.cuh"
 #include "common/launch.h"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/ldmatrix.cuh"
 #include "common/ptx/mma_bytes.cuh"
 #include "common/ptx/pdl.cuh"
-#include "common/vec.cuh"
+#include "common/sigmoid.cuh"
 #include "gemm/matmul_sm80.h"
 #include "gemm/matmul_types.h"
 
@@ -63,6 +65,11 @@ struct Sm80Block {
     int64_t token, row;  // the block's first
     int warp_token, warp_row, lane;
 
+    // Where a row of the tiles lies in the weight.
+    __device__ __forceinline__ int64_t weight_row(int64_t at) const {
+        return p.gated ? at / 8 * 4 + at % 4 + (at & 4 ? p.out_size : 0) : at;
+    }
+
     // Both operands' bytes of a chunk. A thread has one piece of every kThreads / 8 rows.
     __device__ __forceinline__ void load(int slot, int chunk) const {
         constexpr int kStep = Shape::kThreads / 8;
@@ -79,8 +86,9 @@ struct Sm80Block {
 #pragma unroll
         for (int of = 0; of < kSize; of += kStep) {
             const int i = of + threadIdx.x / 8;
-            const bool valid = at < p.in_size && row + i < p.out_size;
-            const char* from = static_cast<const char*>(p.weight) + (valid ? (row + i) * p.weight_row_stride + at : 0);
+            const bool valid = at < p.in_size && row + i < weight_rows(p);
+            const char* from =
+                static_cast<const char*>(p.weight) + (valid ? weight_row(row + i) * p.weight_row_stride + at : 0);
             cp_async_16(weight_slot + i * 128 + (piece ^ weight_swizzle(i)) * 16, from, valid);
         }
     }
@@ -136,15 +144,19 @@ struct Sm80Block {
         if constexpr (!kByChunk) {
             multiply(sum, slot);
         } else {
-            float factor[Shape::kTokenTiles][2];
+            float factor[Shape::kTokenTiles][2],
+                of_weight[2] = {1.0f, 1.0f};  // of a lane's first four rows, and the rest
             const int64_t chunks = p.in_size / 128;
+            if constexpr (kScales == MatmulScales::block) {
+                of_weight[0] = p.weight_scales[weight_row(row) / 128 * chunks + chunk];
+                of_weight[1] = p.gated ? p.weight_scales[weight_row(row + 4) / 128 * chunks + chunk] : of_weight[0];
+            }
 #pragma unroll
             for (int i = 0; i < Shape::kTokenTiles * 2; ++i) {
                 factor[i / 2][i % 2] = 1.0f;
                 if constexpr (kScales == MatmulScales::block) {
                     const int64_t of = min(token_of(i / 2, i % 2), p.num_tokens - 1);
-                    factor[i / 2][i % 2] =
-                        p.x_scales[of * chunks + chunk] * p.weight_scales[row / 128 * chunks + chunk];
+                    factor[i / 2][i % 2] = p.x_scales[of * chunks + chunk];
                 }
             }
             Sums part = {};
@@ -152,21 +164,22 @@ struct Sm80Block {
 #pragma unroll
             for (int i = 0; i < Shape::kTokenTiles * Shape::kRowTiles * 4; ++i) {
                 const int m = i / (Shape::kRowTiles * 4), n = i / 4 % Shape::kRowTiles, e = i % 4;
-                sum[m][n][e] = fmaf(part[m][n][e], factor[m][e / 2], sum[m][n][e]);
+                sum[m][n][e] = fmaf(part[m][n][e], factor[m][e / 2] * of_weight[n / 2], sum[m][n][e]);
             }
         }
     }
 
-    template <typename Out>
+    // Value: of bias and residual, and of out but for bytes
+    template <typename Value>
     __device__ __forceinline__ void store(const Sums& sum) const {
         const int64_t first = row + warp_row + lane % 4 * 8;  // of this lane's 8 rows of the weight
         float factor[8], bias[8];
         int32_t row_sum[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int64_t at = min(first + i, p.out_size - 1);
+            const int64_t at = weight_row(min(first + i, weight_rows(p) - 1));
             factor[i] = kScales == MatmulScales::channel ? p.weight_scales[p.num_weight_scales == 1 ? 0 : at] : 1.0f;
-            bias[i] = p.bias == nullptr ? 0.0f : to_float(static_cast<const Out*>(p.bias)[at]);
+            bias[i] = p.bias == nullptr ? 0.0f : to_float(static_cast<const Value*>(p.bias)[at]);
             row_sum[i] = std::is_same_v<T, int8_t> && p.weight_sums != nullptr ? p.weight_sums[at] : 0;
         }
 #pragma unroll
@@ -178,24 +191,55 @@ struct Sm80Block {
             }
             const float scale = kScales == MatmulScales::channel ? p.x_scales[of] : 1.0f;
             const int32_t zero = std::is_same_v<T, int8_t> && p.x_zeros != nullptr ? p.x_zeros[of] : 0;
-            Vec<Out, 8> y;
+            float y[8];
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 Sum whole = sum[m][e / 2][half * 2 + e % 2];
                 if constexpr (std::is_same_v<T, int8_t>) {
                     whole -= zero * row_sum[e];
                 }
-                y[e] = from_float<Out>(fmaf(static_cast<float>(whole), scale * factor[e], bias[e]));
+                y[e] = fmaf(static_cast<float>(whole), scale * factor[e], bias[e]);
             }
-            Out* out = static_cast<Out*>(p.out) + of * p.out_token_stride + first;
-            if (first + 8 <= p.out_size) {
-                store_vec(out, y);
-            } else {
+            if (p.gated) {
+                float gated[4];
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    if (first + e < p.out_size) {
-                        out[e] = y[e];
-                    }
+                for (int e = 0; e < 4; ++e) {
+                    gated[e] = times_sigmoid<Value>(y[e], y[e]) * y[e + 4];
+                }
+                store_neighbours<Value>(gated, of, first / 2);
+            } else {
+                store_neighbours<Value>(y, of, first);
+            }
+        }
+    }
+
+    template <typename Value, int kCount>
+    __device__ __forceinline__ void store_neighbours(float (&y)[kCount], int64_t token, int64_t at) const {
+        const bool whole = at + kCount <= p.out_size;
+        if (p.residual != nullptr && whole) {
+            float before[kCount];
+            to_floats(load_vec<kCount>(static_cast<const Value*>(p.residual) + token * p.residual_token_stride + at),
+                      before);
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) {
+                y[e] += before[e];
+            }
+        }
+        const int64_t to = token * p.out_token_stride + at;
+        if (p.out_scale != nullptr) {  // out_size is whole here, as it is with a gate or a residual
+            const float inverse = 1.0f / *p.out_scale;
+            if (!whole) {
+                return;
+            }
+            p.out_dtype == DType::e4m3 ? store_quantized(static_cast<__nv_fp8_e4m3*>(p.out) + to, y, inverse)
+                                       : store_quantized(static_cast<int8_t*>(p.out) + to, y, inverse);
+        } else if (whole) {
+            store_vec(static_cast<Value*>(p.out) + to, from_floats<Value>(y));
+        } else {
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) {
+                if (at + e < p.out_size) {
+                    static_cast<Value*>(p.out)[to + e] = from_float<Value>(y[e]);
                 }
             }
         }
@@ -242,7 +286,7 @@ __global__ void __launch_bounds__(Sm80Shape<kSize>::kThreads, Sm80Shape<kSize>::
         slot = slot + 1 == Shape::kSlots ? 0 : slot + 1;
         next = next + 1 == Shape::kSlots ? 0 : next + 1;
     }
-    if (p.out_dtype == DType::f16) {
+    if (p.bias_dtype == DType::f16) {
         block.template store<fp16>(sum);
     } else {
         block.template store<bf16>(sum);
@@ -252,7 +296,7 @@ __global__ void __launch_bounds__(Sm80Shape<kSize>::kThreads, Sm80Shape<kSize>::
 template <typename T, MatmulScales kScales, int kSize>
 void launch_sm80(const MatmulParams& p, void* stream) {
     using Shape = Sm80Shape<kSize>;
-    const int64_t token_tiles = (p.num_tokens + kSize - 1) / kSize, row_tiles = (p.out_size + kSize - 1) / kSize;
+    const int64_t token_tiles = (p.num_tokens + kSize - 1) / kSize, row_tiles = (weight_rows(p) + kSize - 1) / kSize;
     check(token_tiles * row_tiles < int64_t{1} << 31, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
           " are more tiles than a GPU counts");
     launch(matmul_sm80_kernel<T, kScales, kSize>,

@@ -5,7 +5,8 @@
 
 #include "common/dtype.cuh"
 #include "common/hopper.cuh"
-#include "common/ptx/tma.cuh"
+#include "common/ptx/tma_halves.cuh"
+#include "common/ptx/tma_panel.cuh"
 #include "gemm/linear_bytes.h"
 #include "gemm/matmul_sm90.h"
 
@@ -19,16 +20,18 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 MatmulSchedule schedule_of(const MatmulParams& p, const MatmulTile& tile, bool split, int sms) {
-    const int64_t a_rows = tile.tokens_are_a ? p.num_tokens : p.out_size;
-    const int64_t b_rows = tile.tokens_are_a ? p.out_size : p.num_tokens;
+    const int64_t a_rows = tile.tokens_are_a ? p.num_tokens : weight_rows(p);
+    const int64_t b_rows = tile.tokens_are_a ? weight_rows(p) : p.num_tokens;
     const int64_t row_bytes = p.in_size * static_cast<int64_t>(size_bytes(p.dtype));
     const int64_t a_tiles = ceil_div(a_rows, kMatmulRows * tile.cluster), b_tiles = ceil_div(b_rows, tile.columns);
     check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
           " are more tiles than the kernel counts");
     const int group = 2048 / (kMatmulRows * tile.cluster);  // what 132 SMs read of A and B is then about the same
     const MatmulCut cut = !split ? MatmulCut::none : tile.tokens_are_a ? MatmulCut::slices : MatmulCut::stream_k;
-    return matmul_schedule(static_cast<int>(a_tiles), static_cast<int>(b_tiles),
-                           static_cast<int>(ceil_div(row_bytes, 128)), std::max(1, sms / tile.cluster), group, cut);
+    const int64_t chunks = ceil_div(row_bytes, 128);
+    check(2 * sms * chunks < int64_t{1} << 31, "matmul: in_size is ", p.in_size, ", more than the kernel counts");
+    return matmul_schedule(static_cast<int>(a_tiles), static_cast<int>(b_tiles), static_cast<int>(chunks),
+                           std::max(1, sms / tile.cluster), group, cut);
 }
 
 // What a tactic should take on an H200, in us. The constants were fitted to 928 timings (docs/kernels/gemm.md), of
@@ -66,13 +69,13 @@ double predicted_us(const MatmulParams& p, const MatmulTile& tile, bool split, i
         busiest = rounds;
     }
     const double memory =
-        (p.out_size * p.in_size * bytes + p.num_tokens * (p.in_size * bytes + p.out_size * 2.0)) / kMemory;
+        (weight_rows(p) * p.in_size * bytes + p.num_tokens * (p.in_size * bytes + p.out_size * 2.0)) / kMemory;
     return std::max(busiest * (s.chunks * chunk + per_tile), memory) + more;
 }
 
 MatmulSchedule schedule_of(const MatmulParams& p, const MatmulFewTile& tile) {
     const int64_t row_bytes = p.in_size * static_cast<int64_t>(size_bytes(p.dtype));
-    const int64_t a_tiles = ceil_div(p.out_size, kMatmulFewRows), b_tiles = ceil_div(p.num_tokens, tile.columns);
+    const int64_t a_tiles = ceil_div(weight_rows(p), kMatmulFewRows), b_tiles = ceil_div(p.num_tokens, tile.columns);
     check(a_tiles * b_tiles < int64_t{1} << 24, "matmul: ", p.num_tokens, " tokens x ", p.out_size,
           " are more tiles than the kernel counts");
     return {.a_tiles = static_cast<int>(a_tiles),
@@ -86,7 +89,7 @@ MatmulSchedule schedule_of(const MatmulParams& p, const MatmulFewTile& tile) {
 // more of them are in flight. -1: elsewhere.
 int few_tactic(const MatmulParams& p, int sms) {
     constexpr int kLeastChunks = 16, kLongChunks = 64;
-    const int64_t tiles = ceil_div(p.out_size, kMatmulFewRows);
+    const int64_t tiles = ceil_div(weight_rows(p), kMatmulFewRows);
     const int64_t chunks = ceil_div(p.in_size * static_cast<int64_t>(size_bytes(p.dtype)), 128);
     if (p.num_tokens > 64 || tiles > sms || chunks < kLeastChunks) {
         return -1;
@@ -112,7 +115,7 @@ int default_tactic(const MatmulParams& p, int sms) {
         const MatmulTile& tile = kMatmulTiles[tactic / 2];
         // The weight's rows fill the tensor core's where tokens would not.
         const bool fits = tile.tokens_are_a ? p.num_tokens > 64 : p.num_tokens <= 256;
-        if (!fits || !has_matmul_tile(tile, p.dtype, p.scales) || sums_in_14_bits(tile, p.dtype)) {
+        if (!fits || !has_matmul_tile(tile, p.dtype, p.scales, p.gated) || sums_in_14_bits(tile, p.dtype)) {
             continue;
         }
         const double us = predicted_us(p, tile, tactic % 2 == 1, sms);
@@ -137,8 +140,10 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
           ", and bf16 and fp16, are for Hopper GPUs, and for builds with their architecture, sm_90a");
     const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
     const int64_t x_stride = row_stride_bytes(p.num_tokens, p.in_size, p.x_token_stride, element_bytes);
-    const int64_t weight_stride = row_stride_bytes(p.out_size, p.in_size, p.weight_row_stride, element_bytes);
-    const int64_t out_stride = row_stride_bytes(p.num_tokens, p.out_size, p.out_token_stride, 2);
+    const int64_t weight_stride = row_stride_bytes(weight_rows(p), p.in_size, p.weight_row_stride, element_bytes);
+    const bool plain = is_plain(p);
+    const int64_t out_stride =
+        row_stride_bytes(p.num_tokens, p.out_size, p.out_token_stride, static_cast<int64_t>(size_bytes(p.out_dtype)));
     check((x_stride | weight_stride | out_stride) % 16 == 0 && reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0,
           "matmul: x, weight, out and their rows must be aligned to 16 bytes");
 
@@ -156,10 +161,12 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
     const bool tokens_are_a = !few && tile.tokens_are_a;
     const int a_rows = few ? kMatmulFewRows : kMatmulRows,
               b_rows = few ? few_tile.columns : tile.columns / tile.cluster;
+    check(!p.gated || few || has_matmul_tile(tile, p.dtype, p.scales, true), "matmul: there is no tile ", tactic / 2,
+          ", tactics ", tactic / 2 * 2, " and ", tactic / 2 * 2 + 1, ", for a gate and these types");
+    const auto type = p.dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                      : p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_UINT8;
     const auto operand = [&](const void* matrix, int64_t rows, int64_t stride, int box_rows) {
-        const auto type = p.dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                          : p.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                  : CU_TENSOR_MAP_DATA_TYPE_UINT8;
         return encode(TensorMap2d{.address = matrix,
                                   .type = type,
                                   .element_bytes = static_cast<int>(element_bytes),
@@ -169,26 +176,49 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
                                   .box_rows = box_rows});
     };
     const CUtensorMap x_map = operand(p.x, p.num_tokens, x_stride, tokens_are_a ? a_rows : b_rows);
-    const CUtensorMap weight_map = operand(p.weight, p.out_size, weight_stride, tokens_are_a ? b_rows : a_rows);
-    const bool is_fp16 = p.out_dtype == DType::f16;
+    const int weight_box = tokens_are_a ? b_rows : a_rows;
+    const CUtensorMap weight_map = p.gated ? encode(TensorMapOfHalves{.address = p.weight,
+                                                                      .type = type,
+                                                                      .element_bytes = static_cast<int>(element_bytes),
+                                                                      .half_rows = p.out_size,
+                                                                      .columns = p.in_size,
+                                                                      .row_stride_bytes = weight_stride,
+                                                                      .box_rows = weight_box})
+                                           : operand(p.weight, p.out_size, weight_stride, weight_box);
+    const bool is_fp16 = p.bias_dtype == DType::f16;
     const MatmulSchedule schedule = few ? schedule_of(p, few_tile) : schedule_of(p, tile, tactic % 2 == 1, sms);
+    const auto out_type = p.out_scale != nullptr ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                          : is_fp16              ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const int out_box_rows = tokens_are_a ? 64 : few ? b_rows : tile.columns;
+    const int out_bytes = static_cast<int>(size_bytes(p.out_dtype));
+    const CUtensorMap out_map = p.gated || p.out_scale != nullptr
+                                    ? encode(TensorMapOfPanels{.address = p.out,
+                                                               .type = out_type,
+                                                               .element_bytes = out_bytes,
+                                                               .rows = p.num_tokens,
+                                                               .columns = p.out_size,
+                                                               .row_stride_bytes = out_stride,
+                                                               .panel_bytes = (p.gated ? 32 : 64) * out_bytes,
+                                                               .box_rows = out_box_rows})
+                                    : encode(TensorMap2d{.address = p.out,
+                                                         .type = out_type,
+                                                         .element_bytes = out_bytes,
+                                                         .rows = p.num_tokens,
+                                                         .columns = p.out_size,
+                                                         .row_stride_bytes = out_stride,
+                                                         .box_rows = out_box_rows});
     const MatmulArgs args{
         .a_map = tokens_are_a ? x_map : weight_map,
         .b_map = tokens_are_a ? weight_map : x_map,
-        .out_map =
-            encode(TensorMap2d{.address = p.out,
-                               .type = is_fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                               .element_bytes = 2,
-                               .rows = p.num_tokens,
-                               .columns = p.out_size,
-                               .row_stride_bytes = out_stride,
-                               .box_rows = tokens_are_a ? 64
-                                           : few        ? b_rows
-                                                        : tile.columns}),
+        .out_map = out_map,
         .schedule = schedule,
         .out = p.out,
         .out_token_stride = p.out_token_stride,
+        .residual_token_stride = p.residual_token_stride,
         .bias = p.bias,
+        .residual = p.residual,
+        .out_scale = p.out_scale,
         .token_scales = p.x_scales,
         .weight_scales = p.weight_scales,
         .token_zeros = p.x_zeros,
@@ -197,11 +227,17 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
         .counters = static_cast<unsigned*>(p.workspace),
         .num_tokens = static_cast<int>(p.num_tokens),
         .out_size = static_cast<int>(p.out_size),
+        .rows = static_cast<int>(weight_rows(p)),
         .weight_scale_stride = p.num_weight_scales == 1 ? 0 : 1,
+        .out_type = p.out_scale == nullptr       ? MatmulOut::values
+                    : p.out_dtype == DType::e4m3 ? MatmulOut::e4m3
+                                                 : MatmulOut::int8,
         .constant_weight = p.constant_weight,
-        .out_is_fp16 = is_fp16,
+        .is_fp16 = is_fp16,
+        .gated = p.gated,
+        .plain = plain,
         // A small product is over before loads of the next one help it, and they would delay its own.
-        .launch_late = p.out_size * p.in_size * element_bytes < kLateBytes,
+        .launch_late = weight_rows(p) * p.in_size * element_bytes < kLateBytes,
     };
     check(schedule.split_tiles * tile.cluster * 2 * static_cast<int64_t>(sizeof(unsigned)) <= kMatmulCounterBytes,
           "matmul: the workspace has no room for the counters of ", schedule.split_tiles, " tiles");

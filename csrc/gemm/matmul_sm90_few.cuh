@@ -59,8 +59,8 @@ __device__ __forceinline__ void produce_share(const MatmulArgs& args, MatmulFewS
     const uint32_t slots = keep(shared_address(shared.ring)), full = keep(shared_address(shared.full));
     const auto load_weight = [&](uint32_t slot, int chunk) {
         mbarrier_arrive_expect_bytes(full + slot * 8, Shape::kSlotBytes);
-        tma_load(slots + slot * Shape::kSlotBytes, args.a_map, chunk * Shape::kElements, a_row, full + slot * 8,
-                 kEvictFirst);
+        load_weight_rows(slots + slot * Shape::kSlotBytes, args, args.a_map, chunk * Shape::kElements, a_row,
+                         full + slot * 8, kEvictFirst);
     };
     int early = args.constant_weight ? min(Shape::kSlots, end - begin) : 0;  // as in produce()
     for (int i = 0; i < early; ++i) {
@@ -83,6 +83,51 @@ __device__ __forceinline__ void produce_share(const MatmulArgs& args, MatmulFewS
         ring.next();
     }
     pdl_launch_dependents();
+}
+
+// Eight tokens of 16 rows of the weight, as mma leaves them: y[0] and y[1] are of row lane / 4 and the tokens lane % 4
+// * 2 and the next, y[2] and y[3] of row lane / 4 + 8. Gated these are the gate and up of the same 8 columns of out.
+__device__ __forceinline__ void store_eight_tokens(const MatmulArgs& args, float (&y)[4], int token, int row) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int column = args.gated ? row / 2 : row, halves = args.gated ? 1 : 2;
+    if (args.gated) {
+        y[0] = times_sigmoid<bf16>(y[0], y[0]) * y[2];
+        y[1] = times_sigmoid<bf16>(y[1], y[1]) * y[3];
+    }
+    if (args.residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int64_t of = min(token + t * 2 + i % 2, args.num_tokens - 1);
+            const int at = min(column + g + i / 2 * 8, args.out_size - 1);
+            y[i] += matmul_value(args.residual, of * args.residual_token_stride + at, args.is_fp16);
+        }
+    }
+    const float inverse = args.out_type == MatmulOut::values ? 1.0f : 1.0f / *args.out_scale;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (half == halves) {
+            break;
+        }
+        uint32_t pair[1];
+        if (args.out_type == MatmulOut::values) {
+            pack_out<2>({y[half * 2], y[half * 2 + 1]}, pair, args.is_fp16);
+        } else {
+            pair[0] = matmul_byte(y[half * 2] * inverse, args.out_type) |
+                      matmul_byte(y[half * 2 + 1] * inverse, args.out_type) << 16;
+        }
+        const uint32_t columns = movmatrix_trans(pair[0]);  // of token g, columns 2t and the next
+        const int at = column + half * 8 + t * 2;
+        if (token + g < args.num_tokens && at < args.out_size) {
+            const int64_t to = (token + g) * args.out_token_stride + at;
+            if (args.out_type != MatmulOut::values) {
+                static_cast<uint16_t*>(args.out)[to / 2] = static_cast<uint16_t>(columns | columns >> 8);
+            } else if (at + 1 < args.out_size) {
+                *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(args.out) + to) = columns;
+            } else {
+                static_cast<uint16_t*>(args.out)[to] = static_cast<uint16_t>(columns);
+            }
+        }
+    }
 }
 
 template <typename T, MatmulScales kScales, int kN, int kSlots>
@@ -148,7 +193,7 @@ __global__ void __launch_bounds__(MatmulFewShape<T, kScales, kN, kSlots>::kThrea
             const int at = i < kN ? b_row + i : first_row + i - kN;
             cp_async_4(shared_address(shared.tile_scales + i),
                        i < kN ? args.token_scales + min(at, args.num_tokens - 1)
-                              : args.weight_scales + min(at, args.out_size - 1) * args.weight_scale_stride);
+                              : args.weight_scales + matmul_weight_row(args, at) * args.weight_scale_stride);
         }
         cp_async_commit();
     }
@@ -233,22 +278,7 @@ __global__ void __launch_bounds__(MatmulFewShape<T, kScales, kN, kSlots>::kThrea
             const Sum whole = d[j] - zero[j % 2] * row_sum[j / 2];
             out[j] = finish_sum<kScales>(whole, (j % 2 == 0 ? scale.x : scale.y) * weight_scale[j / 2], more[j / 2]);
         }
-        uint32_t pairs[2];
-        pack_out(out, pairs, args.out_is_fp16);
-        const int token = b_row + i * 8 + g;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t rows = movmatrix_trans(pairs[half]);  // of token g, rows 2t and the next
-            const int at = row + half * 8 + t * 2;
-            if (token < args.num_tokens && at < args.out_size) {
-                uint16_t* to = static_cast<uint16_t*>(args.out) + token * args.out_token_stride + at;
-                if (at + 1 < args.out_size) {
-                    *reinterpret_cast<uint32_t*>(to) = rows;
-                } else {
-                    *to = static_cast<uint16_t>(rows);
-                }
-            }
-        }
+        store_eight_tokens(args, out, b_row + i * 8, row);
     }
 #endif
 }

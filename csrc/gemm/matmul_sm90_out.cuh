@@ -1,6 +1,8 @@
 // What the ends of matmul_sm90's two kernels share: sums as bits, the bias, pairs of out.
 #pragma once
 
+#include "common/convert.cuh"
+#include "common/sigmoid.cuh"
 #include "gemm/matmul_sm90.h"
 #include "gemm/matmul_types.h"
 
@@ -22,14 +24,24 @@ __device__ __forceinline__ Sum sum_of_bits(uint32_t x) {
     }
 }
 
-// Past the edges of the matrix the last ones, whose products are not written.
+// Where a row of the tiles lies in the weight: gated, 8 rows of the gate and of up take turns. Past the edges of the
+// matrix these are the last ones, whose products are not written.
+__device__ __forceinline__ int matmul_weight_row(const MatmulArgs& args, int row) {
+    const int at = min(row, args.rows - 1);
+    return args.gated ? at / 16 * 8 + at % 8 + (at & 8 ? args.out_size : 0) : at;
+}
+
+__device__ __forceinline__ float matmul_value(const void* values, int64_t at, bool is_fp16) {
+    return is_fp16 ? to_float(static_cast<const fp16*>(values)[at]) : to_float(static_cast<const bf16*>(values)[at]);
+}
+
+__device__ __forceinline__ float2 matmul_pair(uint32_t pair, bool is_fp16) {
+    return is_fp16 ? __half22float2(reinterpret_cast<const __half2&>(pair))
+                   : __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
 __device__ __forceinline__ float matmul_bias(const MatmulArgs& args, int row) {
-    if (args.bias == nullptr) {
-        return 0.0f;
-    }
-    const int at = min(row, args.out_size - 1);
-    return args.out_is_fp16 ? to_float(static_cast<const fp16*>(args.bias)[at])
-                            : to_float(static_cast<const bf16*>(args.bias)[at]);
+    return args.bias == nullptr ? 0.0f : matmul_value(args.bias, min(row, args.out_size - 1), args.is_fp16);
 }
 
 template <int kCount>
@@ -60,7 +72,7 @@ __device__ __forceinline__ MatmulSum<T> matmul_token_zero(const MatmulArgs& args
 template <typename T>
 __device__ __forceinline__ MatmulSum<T> matmul_weight_sum(const MatmulArgs& args, int row) {
     if constexpr (std::is_same_v<T, int8_t>) {
-        return args.weight_sums == nullptr ? 0 : args.weight_sums[min(row, args.out_size - 1)];
+        return args.weight_sums == nullptr ? 0 : args.weight_sums[matmul_weight_row(args, row)];
     }
     return 0;
 }
@@ -73,6 +85,15 @@ __device__ __forceinline__ float finish_sum(Sum sum, float factor, float bias) {
     } else {
         return sum + bias;
     }
+}
+
+// Values divided by the scale as bytes.
+__device__ __forceinline__ uint16_t matmul_two_bytes(float x, float y, MatmulOut type) {
+    return static_cast<uint16_t>(type == MatmulOut::e4m3 ? quantize_4<__nv_fp8_e4m3>({x, y, 0, 0}, 1.0f)
+                                                         : quantize_4<int8_t>({x, y, 0, 0}, 1.0f));
+}
+__device__ __forceinline__ uint32_t matmul_byte(float x, MatmulOut type) {
+    return matmul_two_bytes(x, 0, type) & 0xff;
 }
 
 }  // namespace

@@ -4,12 +4,26 @@
 #include "common/ptx/cp_async_mbarrier.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/pdl.cuh"
-#include "common/ptx/tma.cuh"
+#include "common/ptx/tma_halves.cuh"
 #include "common/ptx/uniform.cuh"
+#include "gemm/matmul_sm90_out.cuh"
 #include "gemm/matmul_sm90_shared.cuh"
 
 namespace fastkernels {
 namespace {
+
+// Rows of the weight from `row` on, gated those of the gate and of up in turn, to this block or all of the cluster.
+template <int kCluster = 1>
+__device__ __forceinline__ void load_weight_rows(uint32_t to, const MatmulArgs& args, const CUtensorMap& map, int x,
+                                                 int row, uint32_t full, uint64_t policy) {
+    constexpr uint16_t kBlocks = (1 << kCluster) - 1;
+    if constexpr (kCluster == 1) {
+        args.gated ? tma_load_halves(to, map, x, row, full, policy) : tma_load(to, map, x, row, full, policy);
+    } else {
+        args.gated ? tma_load_halves_multicast(to, map, x, row, full, kBlocks, policy)
+                   : tma_load_multicast(to, map, x, row, full, kBlocks, policy);
+    }
+}
 
 template <typename Shape, bool kTokensAreA, int kN, int kCluster>
 __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Shape>& shared, int worker, int rank) {
@@ -21,19 +35,24 @@ __device__ __forceinline__ void produce(const MatmulArgs& args, MatmulShared<Sha
     constexpr uint64_t kWeightPolicy = kTokensAreA ? kEvictNormal : kEvictFirst, kXPolicy = kEvictNormal;
 
     const auto load_a = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
-        tma_load(slots + slot * Shape::kSlotBytes, args.a_map, chunk * Shape::kElements,
-                 (place.a * kCluster + rank) * kMatmulRows, full_barriers + slot * 8,
-                 kTokensAreA ? kXPolicy : kWeightPolicy);
+        const uint32_t a = slots + slot * Shape::kSlotBytes, full = full_barriers + slot * 8;
+        const int x = chunk * Shape::kElements, y = (place.a * kCluster + rank) * kMatmulRows;
+        if constexpr (kTokensAreA) {
+            tma_load(a, args.a_map, x, y, full, kXPolicy);
+        } else {
+            load_weight_rows(a, args, args.a_map, x, y, full, kWeightPolicy);
+        }
     };
     const auto load_b = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
         const uint32_t b = slots + slot * Shape::kSlotBytes + Shape::kABytes + rank * (kColumns * 128);
         const int x = chunk * Shape::kElements, y = place.b * kN + rank * kColumns;
         const uint32_t full = full_barriers + slot * 8;
-        constexpr uint64_t kPolicy = kTokensAreA ? kWeightPolicy : kXPolicy;
-        if constexpr (kCluster == 1) {
-            tma_load(b, args.b_map, x, y, full, kPolicy);
+        if constexpr (kTokensAreA) {
+            load_weight_rows<kCluster>(b, args, args.b_map, x, y, full, kWeightPolicy);
+        } else if constexpr (kCluster == 1) {
+            tma_load(b, args.b_map, x, y, full, kXPolicy);
         } else {
-            tma_load_multicast(b, args.b_map, x, y, full, (1 << kCluster) - 1, kPolicy);
+            tma_load_multicast(b, args.b_map, x, y, full, (1 << kCluster) - 1, kXPolicy);
         }
     };
     const auto load_weight = [&](uint32_t slot, const MatmulPlace& place, int chunk) {
@@ -96,7 +115,10 @@ __device__ __forceinline__ void copy_scales(const MatmulArgs& args, uint32_t sca
         const int row = min((kTokensAreA ? a_row : b_row) + i * 32 + lane, args.num_tokens - 1);
         token[i] = static_cast<uint32_t>(row) * chunks + begin;
     }
-    const int weight_row = min((kTokensAreA ? b_row : a_row) + lane % Shape::kPieces * 64, args.out_size - 1);
+    // Where they are in one block, gated in one of each half, two: of even rows of eight and of odd ones.
+    const int first = kTokensAreA ? b_row : a_row;
+    const int weight_row = Shape::kPieces == 1 ? matmul_weight_row(args, first + lane % 2 * 8)
+                                               : min(first + lane % Shape::kPieces * 64, args.rows - 1);
     weight = static_cast<uint32_t>(weight_row / 128) * chunks + begin;
     for (int chunk = begin; chunk < end; ++chunk) {
         mbarrier_wait(full + (Shape::kSlots + ring.slot()) * 8, ring.parity() ^ 1);
@@ -105,7 +127,7 @@ __device__ __forceinline__ void copy_scales(const MatmulArgs& args, uint32_t sca
         for (int i = 0; i < kEach; ++i) {
             cp_async_4(to + i * 128, args.token_scales + token[i]++);
         }
-        if (lane < Shape::kPieces) {
+        if (lane < std::max(2, Shape::kPieces)) {
             cp_async_4(to + Shape::kTokens * 4, args.weight_scales + weight);
         }
         ++weight;

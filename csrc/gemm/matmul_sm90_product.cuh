@@ -116,23 +116,26 @@ struct MatmulProduct {
         wait_full();
         issue<true>(part);
         const uint32_t at = scales + ring.slot() * (Shape::kChunkScales * 4);
-        constexpr int kFactors = kTokensAreA ? Shape::kPieces * 2 : kN / 4;
+        // Of three pieces a scale each; of one, a scale for even rows of eight and one for odd ones.
+        constexpr int kFactors = kTokensAreA ? std::max(2, Shape::kPieces) * 2 : kN / 2;
         float factor[kFactors];
         const float4 weight = load_shared_4(at + Shape::kTokens * 4);
         if constexpr (kTokensAreA) {
             const float first = load_shared(at + token_at), second = load_shared(at + token_at + 8 * 4);
             const float of_pieces[3] = {weight.x, weight.y, weight.z};
 #pragma unroll
-            for (int i = 0; i < Shape::kPieces; ++i) {
+            for (int i = 0; i < kFactors / 2; ++i) {
                 factor[i * 2] = first * of_pieces[i];
                 factor[i * 2 + 1] = second * of_pieces[i];
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < kFactors / 2; ++i) {
+            for (int i = 0; i < kFactors / 4; ++i) {
                 const float2 pair = load_shared_2(at + token_at + i * (8 * 4));
-                factor[i * 2] = pair.x * weight.x;
-                factor[i * 2 + 1] = pair.y * weight.x;
+                factor[i * 4] = pair.x * weight.x;
+                factor[i * 4 + 1] = pair.y * weight.x;
+                factor[i * 4 + 2] = pair.x * weight.y;
+                factor[i * 4 + 3] = pair.y * weight.y;
             }
         }
         wgmma_wait<0>();
@@ -141,7 +144,7 @@ struct MatmulProduct {
         ring.next();
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-            const int at = kTokensAreA ? (Shape::kPieces == 3 ? i / 32 : 0) * 2 + i / 2 % 2 : i / 4 * 2 + i % 2;
+            const int at = kTokensAreA ? (Shape::kPieces == 3 ? i / 32 : i / 4 % 2) * 2 + i / 2 % 2 : i;
             sum[i] = fmaf(part[i], factor[at], sum[i]);
         }
     }

@@ -26,7 +26,7 @@ struct MatmulSchedule {
     int a_tiles, b_tiles;
     int chunks;       // of a tile
     int workers;      // at most as many as split_tiles have parts, where there are any
-    int split_tiles;  // at most 2 a worker
+    int split_tiles;  // at most 2 a worker; times chunks, less than 2^31
     int slices;       // of each of split_tiles, which have at most 2 a worker; 0: stream-K
     int group;        // tiles along A that are walked together, so that what they read of B stays in L2
 
@@ -35,7 +35,7 @@ struct MatmulSchedule {
     }
     // stream-K: the first of a worker's share of the chunks of the split tiles.
     constexpr int64_t share_begin(int worker) const {
-        return static_cast<int64_t>(worker) * split_tiles * chunks / workers;
+        return split_tiles == 0 ? 0 : static_cast<int64_t>(worker) * split_tiles * chunks / workers;
     }
     // stream-K: the worker whose share a chunk is in.
     constexpr int worker_of(int64_t unit) const {
@@ -61,33 +61,34 @@ struct MatmulSchedule {
 
 // The segments of a worker, in order.
 struct MatmulWalk {
-    int worker, tile;   // tile: the next whole one
-    int64_t unit, end;  // of chunks (stream-K), or of slices, every workers-th of which is this one's
+    int worker, tile;  // tile: the next whole one
+    int unit;          // of chunks (stream-K), or of slices, every workers-th of which is this one's
 
     constexpr MatmulWalk(const MatmulSchedule& s, int worker)
         : worker(worker),
           tile(s.split_tiles + worker),
-          unit(s.slices > 0 ? worker : s.share_begin(worker)),
-          end(s.slices > 0 ? s.split_tiles * s.slices : s.share_begin(worker + 1)) {
+          unit(s.slices > 0 ? worker : static_cast<int>(s.share_begin(worker))) {
     }
 
     // The next one; false when there are no more.
     constexpr bool next(const MatmulSchedule& s, MatmulSegment& segment) {
+        // Not kept from one segment to the next, since the consumers have no register to spare.
+        const int end = s.slices > 0 ? s.split_tiles * s.slices : static_cast<int>(s.share_begin(worker + 1));
         if (unit >= end) {
             segment = {tile, 0, 0, s.chunks};
             tile += s.workers;
             return segment.tile < s.tiles();
         }
         if (s.slices > 0) {
-            const int at = static_cast<int>(unit), slice = at / s.split_tiles;
-            segment = {at % s.split_tiles, slice, slice * s.chunks / s.slices, (slice + 1) * s.chunks / s.slices};
+            const int slice = unit / s.split_tiles;
+            segment = {unit % s.split_tiles, slice, slice * s.chunks / s.slices, (slice + 1) * s.chunks / s.slices};
             unit += s.workers;
         } else {
-            segment.tile = static_cast<int>(unit / s.chunks);
+            segment.tile = unit / s.chunks;
             segment.part = worker - s.first_worker(segment.tile);
-            segment.begin = static_cast<int>(unit - static_cast<int64_t>(segment.tile) * s.chunks);
-            const int64_t rest = end - unit;
-            segment.end = rest < s.chunks - segment.begin ? segment.begin + static_cast<int>(rest) : s.chunks;
+            segment.begin = unit - segment.tile * s.chunks;
+            const int rest = end - unit;
+            segment.end = rest < s.chunks - segment.begin ? segment.begin + rest : s.chunks;
             unit += segment.end - segment.begin;
         }
         return true;

@@ -28,35 +28,43 @@ void linear_cpu(const LinearParams& p);
 
 // out = x weight^T + bias + residual on tensor cores, for any number of tokens, of bytes with scales, and on Hopper of
 // bf16 and fp16. channel: a scale a token, and one a row of the weight or one for all of it; block: one for 128
-// neighbours of a token, and one for 128 x 128 of the weight. gated: the weight has the out_size rows of a gate and those
-// of up, and out = silu(gate) * up. Sums are finished in fp32 and rounded once: to out's type, or with an out_scale to
-// bytes.
+// neighbours of a token, and one for 128 x 128 of the weight. gated: the weight has the out_size rows of a gate and
+// those of up, and out = silu(gate) * up. Sums are finished in fp32 and rounded once: to out's type, or with an
+// out_scale to bytes.
 enum class MatmulScales : int8_t { none, channel, block };
 
 struct MatmulParams {
     // rows: of the weight, out_size, or gated twice that
-    const void* x;          // [num_tokens, in_size], last dimension contiguous
-    const void* weight;     // [rows, in_size], last dimension contiguous
-    const float* x_scales;  // channel: [num_tokens]; block: [num_tokens, in_size / 128], contiguous
+    const void* x;               // [num_tokens, in_size], last dimension contiguous
+    const void* weight;          // [rows, in_size], last dimension contiguous
+    const float* x_scales;       // channel: [num_tokens]; block: [num_tokens, in_size / 128], contiguous
     const float* weight_scales;  // channel: [rows], or [1]; block: [ceil(rows / 128), in_size / 128], contiguous
     const int32_t* x_zeros;      // of int8: [num_tokens], what x has too much, or null: 0
     const int32_t* weight_sums;  // with x_zeros: [rows], what the rows of weight add up to
     const void* bias;            // [out_size] of bias_dtype, or null; gated: null
-    const void* residual;        // [num_tokens, out_size] of bias_dtype, last dimension contiguous, or null; may be out;
-                                 // gated: null
-    const float* out_scale;      // [1]: out is bytes, the values over this, saturated; or null
-    void* out;                   // [num_tokens, out_size], last dimension contiguous
-    void* workspace;             // matmul_workspace_bytes(), zero before the first call, which leaves it to the next
+    const void* residual;    // [num_tokens, out_size] of bias_dtype, last dimension contiguous, or null; may be out;
+                             // gated: null
+    const float* out_scale;  // [1]: out is bytes, the values over this, saturated; or null
+    void* out;               // [num_tokens, out_size], last dimension contiguous
+    void* workspace;         // matmul_workspace_bytes(), zero before the first call, which leaves it to the next
     int64_t num_tokens, in_size, out_size;
     int64_t x_token_stride, weight_row_stride, out_token_stride, residual_token_stride;  // elements
     int64_t num_weight_scales;
     bool constant_weight;  // as in LinearParams
     bool gated;
     MatmulScales scales;
-    DType dtype, bias_dtype, out_dtype;  // of x and weight, which is e4m3 where x is e5m2; of bias and residual, bf16 or
-                                         // fp16; of out, the same, or with an out_scale e4m3 or int8
-    int tactic;              // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
+    DType dtype, bias_dtype, out_dtype;  // of x and weight, which is e4m3 where x is e5m2; of bias and residual, bf16
+                                         // or fp16; of out, the same, or with an out_scale e4m3 or int8
+    int tactic;  // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
+
+constexpr int64_t weight_rows(const MatmulParams& p) {
+    return p.gated ? 2 * p.out_size : p.out_size;
+}
+// Whether all that is left to do with sums is what every kernel does.
+constexpr bool is_plain(const MatmulParams& p) {
+    return !p.gated && p.residual == nullptr && p.out_scale == nullptr;
+}
 
 inline constexpr int kNumMatmulTactics = 23;
 
