@@ -72,9 +72,9 @@ ScaleType scale_type_of(const Tensor& scales) {
 }
 
 // What the rows of an int8 weight add up to.
-const int32_t* sums_of(const char* op, const Tensor& sums, int64_t out_size) {
-    check(sums.scalar_type() == torch::headeronly::ScalarType::Int && sums.numel() == out_size && sums.is_contiguous(),
-          op, ": weight_sums must be contiguous int32 [out_size]");
+const int32_t* sums_of(const char* op, const Tensor& sums, int64_t rows) {
+    check(sums.scalar_type() == torch::headeronly::ScalarType::Int && sums.numel() == rows && sums.is_contiguous(), op,
+          ": weight_sums must be contiguous int32 [out_size], with a gate [2 * out_size]");
     return static_cast<const int32_t*>(in(sums));
 }
 

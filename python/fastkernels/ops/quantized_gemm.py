@@ -367,7 +367,7 @@ def _checked_sums(
         return row_sums(weight)
     weight_sums = as_tensor(weight_sums)
     check_dtype(op, "weight_sums", weight_sums, (torch.int32,))
-    check_shape(op, "weight_sums", weight_sums, (num_rows,), "one a row of weight")
+    check_shape(op, "weight_sums", weight_sums, (num_rows,), "[out_size], with a gate [2 * out_size]")
     return weight_sums
 
 
