@@ -113,6 +113,9 @@ def test_which_products_gate():
         assert not gates(product, by_tile, 64, AMPERE) and not gates(product, by_tile, 64, None)
         for tactic in (stream, TORCH, STREAM):
             assert not gates(product, tactic, 4, HOPPER)
+    for number in (4, 5):
+        assert gates(FP8, Tactic("matmul", number), 512, HOPPER)
+        assert not gates(replace(FP8, weight="e4m3-block"), Tactic("matmul", number), 512, HOPPER)
     assert not gates(replace(QKV, out_size=24), by_tile, 64, HOPPER)
     assert gates(replace(FP8, out_size=48), by_tile, 64, HOPPER)
     assert not gates(replace(FP8, out_size=384, weight="e4m3-block"), by_tile, 64, HOPPER)

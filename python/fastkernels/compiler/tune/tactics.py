@@ -138,9 +138,14 @@ def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) 
 def gates(product: Product, tactic: Tactic, num_tokens: int, capability: tuple[int, int] | None) -> bool:
     """Whether a product with the rows of a gate and up, by this tactic and for so many tokens, computes
     silu(gate) * up in its epilogue; else a kernel behind it does."""
-    rows = 2 * (128 if product.weight == "e4m3-block" else 8)
-    takes = tactic.kernel == "matmul" and tactic.number != LINEAR_TACTIC and product.out_size % rows == 0
-    return takes and capability == HOPPER
+    if tactic.kernel != "matmul" or tactic.number is None or capability != HOPPER:
+        return False
+    rows, number = 16, tactic.number  # of gate and up
+    if product.weight == "e4m3-block":
+        rows = 256
+        if 0 <= number < LINEAR_TACTIC and MATMUL_TILES[number // 2].columns > 128:
+            return False  # no room for the scales of both
+    return number != LINEAR_TACTIC and product.out_size % rows == 0
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
