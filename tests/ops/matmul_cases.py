@@ -209,12 +209,14 @@ def check_epilogue(
         run(out, residual, False)
     again = torch.empty(num_tokens, out_size, device="cuda", dtype=out_dtype)
     run(again, residual, True)
-    found = out.contiguous()
+    found = out.clone(memory_format=torch.contiguous_format)
     assert torch.equal(found.view(integer), again.view(integer)), "two runs differ"
     whole[:num_tokens, 16 : 16 + out_size] = untouched[:num_tokens, 16 : 16 + out_size]
     assert torch.equal(whole, untouched), "something beside out was written"
     if out_scale is not None:
-        assert_rounded(found, exact / out_scale.double(), 1e-3 if is_exact else 1e-2)
+        is_fp8 = given.x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)  # 1024 neighbours in 14 bits
+        slack = 1e-2 if not is_exact else 3e-3 if is_fp8 else 1e-3
+        assert_rounded(found, exact / out_scale.double(), slack)
         return
     assert torch.isfinite(found).all()
     assert_similar(found, exact, 1e-5 if is_exact else 1e-3)

@@ -294,7 +294,7 @@ def test_quantized_linear(num_tokens, scheme, device):
         for byte in (torch.float8_e4m3fn, torch.int8):
             bytes_ = torch.zeros(exact.shape, dtype=byte, device=device)
             assert ops.quantized_linear(**given, **options, out_scale=scale, out=bytes_) is bytes_
-            assert_rounded(bytes_, exact / scale.double(), 2e-2 if device.type == "cpu" else 1e-3)
+            assert_rounded(bytes_, exact / scale.double(), 2e-2 if device.type == "cpu" else 3e-3)
             if device.type == "cpu":
                 expected, _ = ops.quantize(composed, per="tensor", scales=scale, dtype=byte)
                 assert torch.equal(bytes_.view(torch.uint8), expected.view(torch.uint8))
@@ -373,7 +373,7 @@ def test_the_faces_refuse_what_they_do_not_take(device):
     for options in ({"gated": True}, {"residual": residual}, {"out_scale": scale}):
         rows = 64 if "gated" in options else 48
         with pytest.raises(
-            Exception, match="the tactic of few tokens takes .* no gate, residual or out in bytes"
+            Exception, match=r"the tactic of few tokens takes .* no gate, residual or out in bytes"
         ):
             ops.quantized_linear(**quantized("int8", 3, rows, device), **options, tactic=LINEAR_TACTIC)
 
