@@ -144,7 +144,7 @@ def problem(scheme: str, num_tokens: int, out_size: int, in_size: int, gated: bo
     else:
         x, weight, _ = operands(num_tokens, rows, in_size, DTYPE_OF[scheme])
         values, full = x.double(), weight.double()
-    exact = values @ full.t()
+    exact = reference.linear(values, full)
     exact = reference.silu_mul(exact) if gated else exact
     bias = torch.randn(out_size, device="cuda", dtype=torch.bfloat16)
     residual = torch.randn(num_tokens, out_size + 24, device="cuda", dtype=torch.bfloat16)
