@@ -33,6 +33,16 @@ def assert_similar(result: torch.Tensor, exact: torch.Tensor, limit: float) -> N
     assert difference < limit, f"the result is {difference:.3g} unlike the reference, the limit {limit}"
 
 
+def assert_rounded(result: torch.Tensor, exact: torch.Tensor, slack: float) -> None:
+    """result: e4m3 or int8; exact: what is rounded to it and saturated. Off by half a step at most, and by
+    slack of the largest value, of which sums are that much off before they are rounded."""
+    is_int8 = result.dtype == torch.int8
+    values = exact.clamp(-128, 127) if is_int8 else exact.clamp(-448, 448)
+    half_step = 0.5 if is_int8 else torch.exp2(values.abs().log2().floor().clamp_min(-6)) / 16
+    over = ((result.double() - values).abs() - half_step).max() / values.abs().max()
+    assert over <= slack, f"{over:.3g} of the largest value beyond half a step, the limit {slack}"
+
+
 def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """An output filled with NaN (or the type's lowest value), so that an element left unwritten shows."""
     value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min

@@ -72,9 +72,9 @@ ScaleType scale_type_of(const Tensor& scales) {
 }
 
 // What the rows of an int8 weight add up to.
-const int32_t* sums_of(const char* op, const Tensor& sums, int64_t out_size) {
-    check(sums.scalar_type() == torch::headeronly::ScalarType::Int && sums.numel() == out_size && sums.is_contiguous(),
-          op, ": weight_sums must be contiguous int32 [out_size]");
+const int32_t* sums_of(const char* op, const Tensor& sums, int64_t rows) {
+    check(sums.scalar_type() == torch::headeronly::ScalarType::Int && sums.numel() == rows && sums.is_contiguous(), op,
+          ": weight_sums must be contiguous int32 [out_size], with a gate [2 * out_size]");
     return static_cast<const int32_t*>(in(sums));
 }
 
@@ -155,22 +155,57 @@ void quantized_linear(Tensor x, Tensor weight, Tensor scales, std::optional<Tens
     }
 }
 
-// tactic: 0 to kNumMatmulTactics - 1, or -1: chosen by shape
+// What matmul's epilogue adds and gives: bias, residual and out_scale, and out's type by them.
+void set_epilogue(MatmulParams& p, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                  const std::optional<Tensor>& out_scale, const Tensor& y) {
+    p.out_dtype = dtype_of(y, "out");
+    const auto is_half = [](DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; };
+    check(out_scale ? p.out_dtype == DType::e4m3 || p.out_dtype == DType::i8 : is_half(p.out_dtype), "matmul: out is ",
+          name(p.out_dtype), ", but the op gives bf16 and fp16, and with an out_scale e4m3 and int8");
+    check(!out_scale || (dtype_of(*out_scale, "out_scale") == DType::f32 && out_scale->numel() == 1),
+          "matmul: out_scale must be one fp32 value");
+    check(!p.gated || (!bias && !residual), "matmul: with a gate there is neither bias nor residual");
+    p.bias_dtype = bias       ? dtype_of(*bias, "bias")
+                   : residual ? dtype_of(*residual, "residual")
+                              : (out_scale ? DType::bf16 : p.out_dtype);
+    check(is_half(p.bias_dtype) && (out_scale || p.bias_dtype == p.out_dtype) &&
+              (!residual || dtype_of(*residual, "residual") == p.bias_dtype),
+          "matmul: bias and residual must have the dtype of out, or where that is bytes both bf16 or both fp16");
+    check(!bias || (bias->dim() == 1 && bias->size(0) == p.out_size && bias->is_contiguous()),
+          "matmul: bias must be contiguous [out_size]");
+    check(!residual || (residual->dim() == 2 && residual->size(0) == p.num_tokens && residual->size(1) == p.out_size &&
+                        (residual->stride(1) == 1 || p.out_size == 1)),
+          "matmul: residual must be [num_tokens, out_size], its last dimension contiguous");
+    p.bias = bias ? in(*bias) : nullptr;
+    p.residual = residual ? in(*residual) : nullptr;
+    p.residual_token_stride = residual ? residual->stride(0) : 0;
+    p.out_scale = out_scale ? static_cast<const float*>(in(*out_scale)) : nullptr;
+    p.out = out(y);
+    p.out_token_stride = y.stride(0);
+}
+
+// gated: weight, its scales and sums are of the gate's rows, then as many of up; tactic: 0 to kNumMatmulTactics - 1, or
+// -1: chosen by shape
 void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::optional<Tensor> weight_scales,
             std::optional<Tensor> x_zeros, std::optional<Tensor> weight_sums, std::optional<Tensor> bias,
-            bool constant_weight, int64_t tactic, Tensor workspace, Tensor y) {
-    check(x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) == y.size(0) &&
-              weight.size(0) == y.size(1),
-          "matmul: x must be [num_tokens, in_size], weight [out_size, in_size] and out [num_tokens, out_size]");
+            std::optional<Tensor> residual, std::optional<Tensor> out_scale, bool constant_weight, bool gated,
+            int64_t tactic, Tensor workspace, Tensor y) {
+    check(
+        x.dim() == 2 && weight.dim() == 2 && y.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) == y.size(0) &&
+            weight.size(0) == y.size(1) * (gated ? 2 : 1),
+        "matmul: x must be [num_tokens, in_size], weight [out_size, in_size], or with a gate [2 * out_size, in_size], "
+        "and out [num_tokens, out_size]");
     MatmulParams p{};
     p.dtype = dtype_of(x, "x");
-    p.out_dtype = dtype_of(y, "out");
     const DType weight_dtype = p.dtype == DType::e5m2 ? DType::e4m3 : p.dtype;
-    check(dtype_of(weight, "weight") == weight_dtype && (!bias || dtype_of(*bias, "bias") == p.out_dtype),
-          "matmul: weight must have the dtype of x, or e4m3 where that is e5m2, and bias that of out");
+    check(dtype_of(weight, "weight") == weight_dtype,
+          "matmul: weight must have the dtype of x, or e4m3 where that is e5m2");
+    const int64_t rows = weight.size(0);
     p.num_tokens = x.size(0);
     p.in_size = x.size(1);
-    p.out_size = weight.size(0);
+    p.out_size = y.size(1);
+    p.gated = gated;
+    set_epilogue(p, bias, residual, out_scale, y);
     const bool has_scales = size_bytes(p.dtype) == 1;
     check(x_scales.has_value() == has_scales && weight_scales.has_value() == has_scales,
           "matmul: fp8 and int8 have scales of x and weight, and other types none");
@@ -181,14 +216,14 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
               "matmul: scales must be contiguous fp32");
         p.scales = x_scales->dim() == 2 ? MatmulScales::block : MatmulScales::channel;
         p.num_weight_scales = weight_scales->numel();
-        const int64_t chunks = p.in_size / 128, blocks = (p.out_size + 127) / 128;
-        check(
-            p.scales == MatmulScales::block
-                ? p.in_size % 128 == 0 && x_scales->size(0) == p.num_tokens && x_scales->size(1) == chunks &&
-                      weight_scales->dim() == 2 && weight_scales->size(0) == blocks && weight_scales->size(1) == chunks
-                : x_scales->numel() == p.num_tokens && (p.num_weight_scales == p.out_size || p.num_weight_scales == 1),
-            "matmul: scales must be [num_tokens] and [out_size] or [1], or [num_tokens, in_size / 128] and "
-            "[ceil(out_size / 128), in_size / 128]");
+        const int64_t chunks = p.in_size / 128, blocks = (rows + 127) / 128;
+        check(p.scales == MatmulScales::block
+                  ? p.in_size % 128 == 0 && x_scales->size(0) == p.num_tokens && x_scales->size(1) == chunks &&
+                        weight_scales->dim() == 2 && weight_scales->size(0) == blocks &&
+                        weight_scales->size(1) == chunks
+                  : x_scales->numel() == p.num_tokens && (p.num_weight_scales == rows || p.num_weight_scales == 1),
+              "matmul: scales must be [num_tokens] and, of the weight's rows, [rows] or [1], or [num_tokens, in_size / "
+              "128] and [ceil(rows / 128), in_size / 128]");
         p.x_scales = static_cast<const float*>(in(*x_scales));
         p.weight_scales = static_cast<const float*>(in(*weight_scales));
     }
@@ -199,16 +234,13 @@ void matmul(Tensor x, Tensor weight, std::optional<Tensor> x_scales, std::option
                   x_zeros->numel() == p.num_tokens,
               "matmul: x_zeros must be contiguous int32 [num_tokens]");
         p.x_zeros = static_cast<const int32_t*>(in(*x_zeros));
-        p.weight_sums = sums_of("matmul", *weight_sums, p.out_size);
+        p.weight_sums = sums_of("matmul", *weight_sums, rows);
     }
     p.x = in(x);
     p.weight = in(weight);
-    p.bias = bias ? in(*bias) : nullptr;
-    p.out = out(y);
     p.workspace = out(workspace);
     p.x_token_stride = x.stride(0);
     p.weight_row_stride = weight.stride(0);
-    p.out_token_stride = y.stride(0);
     p.constant_weight = constant_weight;
     p.tactic = static_cast<int>(tactic);
 #if FASTKERNELS_WITH_CUDA
@@ -403,8 +435,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkernels, m) {
     m.def("linear_silu_mul(Tensor x, Tensor weight, bool constant_weight, Tensor(a!) out) -> ()");
     m.def(
         "matmul(Tensor x, Tensor weight, Tensor? x_scales, Tensor? weight_scales, Tensor? x_zeros, "
-        "Tensor? weight_sums, Tensor? bias, bool constant_weight, int tactic, Tensor(a!) workspace, Tensor(b!) out) -> "
-        "()");
+        "Tensor? weight_sums, Tensor? bias, Tensor? residual, Tensor? out_scale, bool constant_weight, bool gated, "
+        "int tactic, Tensor(a!) workspace, Tensor(b!) out) -> ()");
     m.def(
         "token_linear(Tensor x, Tensor? x_scales, Tensor? norm_weight, float eps, Tensor weight, Tensor weight_scales, "
         "Tensor? bias, bool constant_weight, bool adds, Tensor(a!) out) -> ()");

@@ -24,6 +24,7 @@ from fastkernels.compiler.tune import (
     TacticCache,
     bucket_of,
     call_of,
+    gates,
     products_of,
     rule,
     tactics_of,
@@ -102,6 +103,22 @@ def test_tiles_of_repacked_weights_are_those_of_the_kernel():
     header = (CSRC / "include/fastkernels/gemm.h").read_text()
     assert f"kWeightOnlyFewTactics = {ops.WEIGHT_ONLY_FEW_TACTICS};" in header
     assert f"kWeightOnlyTactics = {ops.WEIGHT_ONLY_TACTICS};" in header
+
+
+def test_which_products_gate():
+    """The tactics of matmul on Hopper but the stream, where gate and up are whole tiles."""
+    by_tile, stream = Tactic("matmul", 9), Tactic("matmul", LINEAR_TACTIC)
+    for product in (QKV, FP8, replace(FP8, weight="e4m3-block")):
+        assert gates(product, by_tile, 64, HOPPER) and gates(product, Tactic("matmul", -1), 64, HOPPER)
+        assert not gates(product, by_tile, 64, AMPERE) and not gates(product, by_tile, 64, None)
+        for tactic in (stream, TORCH, STREAM):
+            assert not gates(product, tactic, 4, HOPPER)
+    for number in (4, 5):
+        assert gates(FP8, Tactic("matmul", number), 512, HOPPER)
+        assert not gates(replace(FP8, weight="e4m3-block"), Tactic("matmul", number), 512, HOPPER)
+    assert not gates(replace(QKV, out_size=24), by_tile, 64, HOPPER)
+    assert gates(replace(FP8, out_size=48), by_tile, 64, HOPPER)
+    assert not gates(replace(FP8, out_size=384, weight="e4m3-block"), by_tile, 64, HOPPER)
 
 
 def test_buckets():
@@ -431,6 +448,10 @@ def test_calls_of_the_gpus_kernels(product):
         if tactic != TORCH:
             with pytest.raises(ValueError, match=r"no kernel for the CPU|runs on CUDA only"):
                 call_of(product, tactic, [*(part[:24] for part in x), *weights], out, workspace)()
+        if tactic.kernel == "matmul" and not product.has_bias:
+            half, given = out[:, : product.out_size // 2], [*(part[:24] for part in x), *weights]
+            with pytest.raises(ValueError, match="no kernel for the CPU"):
+                call_of(product, tactic, given, half, workspace, gated=True)()
 
 
 def test_a_matmul_without_workspace_is_refused():

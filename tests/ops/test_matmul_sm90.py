@@ -8,6 +8,9 @@ from fastkernels.ops import reference
 from fastkernels.ops.gemm import FIRST_FEW_TACTIC, LINEAR_TACTIC, NUM_MATMUL_TACTICS, matmul_workspace
 from tests.conftest import CUDA_REASON
 from tests.ops.matmul_cases import (
+    FAST_FP8,
+    NO_TILE,
+    ONLY_FP8,
     SCHEMES,
     check_quantized,
     exact_quantized,
@@ -26,11 +29,6 @@ pytestmark = [
 
 FEW = list(range(FIRST_FEW_TACTIC, NUM_MATMUL_TACTICS))
 TACTICS = [*range(-1, LINEAR_TACTIC + 1), *FEW]  # those between: test_matmul_sm80.py
-FAST_FP8 = (0, 1, 2, 3)  # tiles of 256 columns: sums of e4m3 with about 14 bits
-NOT_BY_BLOCKS = (0, 1, 2, 3, 14, 15)
-ONLY_FP8 = (4, 5)  # tiles of 192 columns
-NOT_OF_E5M2 = (0, 1, 2, 3, 6, 7, 14, 15)
-NO_TILE = {"fp8-block": NOT_BY_BLOCKS, "fp8-e5m2": NOT_OF_E5M2, "int8": ONLY_FP8, "int8-zeros": ONLY_FP8}
 TACTICS_16_BITS = [tactic for tactic in TACTICS if tactic not in (*ONLY_FP8, LINEAR_TACTIC)]
 MOST_STREAMED = 8  # tokens
 TOKENS = [1, 3, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 256, 300]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastkernels import LLM
+from fastkernels import LLM, SamplingParams
 from fastkernels.compiler import Step, compile_model
 from fastkernels.compiler.tune import (
     BY_RULE,
@@ -21,6 +21,8 @@ from fastkernels.compiler.tune.timer import CudaTimer
 from fastkernels.config import ConfigError, EngineConfig
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops import reference
+from fastkernels.ops.gemm import LINEAR_TACTIC
+from fastkernels.ops.quant import KINDS
 from fastkernels.runtime import build
 from fastkernels.runtime.bind import Products, bind
 from fastkernels.runtime.build import choose_tactics, compile_for
@@ -102,8 +104,8 @@ def call(scheme, num_tokens, choices=BY_RULE, *, with_bias=False, workspace=True
     return bound, inputs, out, kept
 
 
-def only(product: Product, bucket: int, tactic: Tactic) -> Choices:
-    return Choices({(product, bucket): Timed(tactic, {tactic: 1.0})})
+def only(product: Product, bucket: int, tactic: Tactic, capability: tuple[int, int] | None = None) -> Choices:
+    return Choices({(product, bucket): Timed(tactic, {tactic: 1.0})}, capability=capability)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -123,7 +125,8 @@ def test_by_rule(with_bias):
 @pytest.mark.parametrize("scheme", ["int8@cuda", "int8-zeros@cuda", "fp8-block@cuda"])
 def test_arguments_of_matmul(scheme, with_bias):
     bound, inputs, out, workspace = call(scheme, 40, with_bias=with_bias)
-    x, weight, x_scales, weight_scales, zeros, sums, bias, constant, tactic, given, result = bound.args
+    x, weight, x_scales, weight_scales, zeros, sums, bias, *rest = bound.args
+    residual, out_scale, constant, gated, tactic, given, result = rest
     if scheme == "int8-zeros@cuda":
         assert (zeros, weight, sums) == (inputs[2], inputs[3], inputs[5])
     else:
@@ -131,16 +134,17 @@ def test_arguments_of_matmul(scheme, with_bias):
     assert (x, x_scales) == (inputs[0], inputs[1])
     assert weight_scales.shape == ((OUT,) if scheme.startswith("int8") else (OUT // 128, IN // 128))
     assert bias is (inputs[-1] if with_bias else None)
-    assert (constant, tactic) == (True, -1) and given is workspace and result is out
+    assert (residual, out_scale, constant, gated, tactic) == (None, None, True, False, -1)
+    assert given is workspace and result is out
     bound, *_ = call(scheme, 40, only(PRODUCT_OF[scheme], 48, Tactic("matmul", 13)))
-    assert bound.args[8] == 13
+    assert bound.args[11] == 13
 
 
 def test_by_choice():
     linear, int4 = PRODUCT_OF[None], PRODUCT_OF["int4@cuda"]
     bound, inputs, _, workspace = call(None, 40, only(linear, 48, Tactic("matmul", 11)))
-    assert bound.func is _fk.matmul.default and bound.args[8:10] == (11, workspace)
-    assert bound.args[:7] == (*inputs, *(None,) * 5)
+    assert bound.func is _fk.matmul.default and bound.args[11:13] == (11, workspace)
+    assert bound.args[:9] == (*inputs, *(None,) * 7)
     assert call(None, 3, only(linear, 4, TORCH))[0].func is _aten.mm.out
     assert call("int4@cuda", 3, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[6] == 2
     assert call("int4@cuda", 5, only(int4, 4, Tactic("weight_only_linear", 2)))[0].args[5] == 0
@@ -190,6 +194,69 @@ def test_a_gated_product():
         assert first.func is func and second.func is _fk.silu_mul.default
         assert second.args == (gate_up, out)
         assert first.keywords.get("out", first.args[-1]) is gate_up
+    for arguments, tactic in (
+        ((40, only(product, 48, Tactic("matmul", 11), HOPPER)), 11),
+        ((40, Choices(capability=HOPPER)), -1),
+    ):
+        call, x, weight, out, _ = bound(*arguments)
+        assert call.func is _fk.matmul.default
+        assert call.args[:2] == (x, weight) and call.args[2:9] == (None,) * 7
+        assert call.args[9:12] == (True, True, tactic) and call.args[13] is out
+    assert bound(8, Choices(capability=HOPPER))[0].func is _fk.linear_silu_mul.default
+    assert bound(65, Choices(capability=HOPPER))[0].args[0].func is _aten.mm.out
+
+
+GATED = {  # scheme -> rows of a scale of x, and of the weight
+    "fp8@cuda": ((), (2 * OUT, 1)),
+    "int8@cuda": ((), (2 * OUT, 1)),
+    "fp8-block@cuda": ((IN // 128,), (2 * OUT // 128, IN // 128)),
+}
+
+
+@pytest.mark.parametrize("scheme", GATED)
+def test_a_gated_product_that_leaves_bytes(scheme):
+    """With the gate in the product, what it gives lies at the beginning of the room."""
+    byte = torch.int8 if scheme == "int8@cuda" else torch.float8_e4m3fn
+    of_token, of_weight = GATED[scheme]
+    per, out_scales = ("block", (OUT // 128,)) if of_token else ("token", ())
+    weight = {"fp8@cuda": "e4m3", "int8@cuda": "int8", "fp8-block@cuda": "e4m3-block"}[scheme]
+    product = Product("matmul", weight, BF16, 2 * OUT, IN)
+
+    def bound(num_tokens: int, choices: Choices):
+        def empty(*shape: int, dtype: torch.dtype = byte) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        inputs = [empty(num_tokens, IN), empty(num_tokens, *of_token, dtype=torch.float32)]
+        inputs += [empty(2 * OUT, IN), empty(*of_weight, dtype=torch.float32)]
+        outputs = [empty(num_tokens, OUT), empty(num_tokens, *out_scales, dtype=torch.float32)]
+        outputs.append(empty(num_tokens, 2 * OUT, dtype=BF16))
+        names = tuple(map(str, range(7)))
+        step = Step("matmul_silu_mul_quant", names[:4], names[4:], {"scheme": scheme, "per": per})
+        products = Products(choices, empty(1, dtype=torch.uint8))
+        call = bind(step, inputs, outputs, num_tokens=num_tokens, dtype=BF16, products=products)
+        assert [call.args[0].args[0], call.args[0].args[1]] == [inputs[0], inputs[2]]
+        return *call.args, outputs
+
+    for num_tokens, choices in (
+        (40, BY_RULE),
+        (8, Choices(capability=HOPPER)),
+        (40, only(product, 48, Tactic("matmul", LINEAR_TACTIC), HOPPER)),
+        (40, Choices(capability=(8, 0))),
+    ):
+        first, second, (out, scales, room) = bound(num_tokens, choices)
+        assert first.func is _fk.matmul.default and first.args[10] is False and first.args[13] is room
+        assert second.func is _fk.silu_mul_quant.default
+        assert second.args == (room, KINDS[per], out, scales)
+    for choices, tactic in (
+        (Choices(capability=HOPPER), -1),
+        (only(product, 48, Tactic("matmul", 9), HOPPER), 9),
+    ):
+        first, second, (out, scales, room) = bound(40, choices)
+        act = first.args[13]
+        assert first.args[10] is True and first.args[11] == tactic
+        assert act.shape == (40, OUT) and act.is_contiguous() and act.dtype == BF16
+        assert act._base is room and act.storage_offset() == 0
+        assert second.func is _fk.quantize.default and second.args == (act, KINDS[per], out, scales)
 
 
 def test_a_head_of_an_odd_size_is_streamed():
@@ -322,3 +389,23 @@ def test_the_timer(product):
     if product.op == "linear":
         expected = reference.linear(x[:1].double(), timer._weights[-1][0].double())
         assert (out[:1] - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+@pytest.mark.parametrize("scheme", [None, "fp8", "fp8-block", "int8"])
+def test_gates_in_products_give_the_same_logits(scheme):
+    """Of prompts of every kind of tactic, and of what is generated after them."""
+    prompts = [list(range(40, 40 + length)) for length in (3, 20, 100, 300)]
+
+    def logits(*disabled: str) -> list[torch.Tensor]:
+        options = {"device": "cuda", "dtype": "bf16", "max_num_seqs": 4, "quantization": scheme}
+        with LLM("demo", **options, disabled_passes=disabled) as llm:
+            params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+            outputs = llm.generate(prompts, params)
+            assert [len(output.token_ids) for output in outputs] == [8] * len(prompts)
+            again = llm.generate(prompts, params)
+            assert [output.token_ids for output in again] == [output.token_ids for output in outputs]
+            return [llm.logits(prompt) for prompt in prompts]
+
+    for one, other in zip(logits(), logits("gated_linear", "gated_matmul"), strict=True):
+        assert (one - other).norm() <= 0.03 * other.norm()

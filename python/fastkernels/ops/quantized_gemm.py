@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from fastkernels.ops.activation import silu_mul
 from fastkernels.ops.checks import (
     FLOAT_DTYPES,
     as_tensor,
@@ -18,7 +19,7 @@ from fastkernels.ops.checks import (
     require,
 )
 from fastkernels.ops.gemm import MAX_IN_SIZE_WITH_ZEROS, matmul
-from fastkernels.ops.quant import Per, quantize, quantize_zeros
+from fastkernels.ops.quant import BYTE_DTYPES, Per, quantize, quantize_zeros
 from fastkernels.ops.weight_only import repack_for_cuda, weight_only_linear
 
 register_mutating_fake("quantized_linear", "interleave_rows")
@@ -66,13 +67,17 @@ def quantized_linear(
     global_scale: torch.Tensor | None = None,
     weight_sums: torch.Tensor | None = None,
     activation: Activation | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    out_scale: torch.Tensor | None = None,
     interleaved: bool = False,
     constant_weight: bool = False,
     tactic: int = -1,
     workspace: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x W^T + bias, where W = global_scale * scales * (weight - zeros), of any number of tokens.
+    """y = x W^T + bias + residual, where W = global_scale * scales * (weight - zeros), of any number of
+    tokens; or silu(gate) * up of such a product; and either may be quantised.
 
     x:      [num_tokens, in_size] bf16 | fp16 | fp32; last dimension contiguous, any row stride; in_size up to
             131072
@@ -93,13 +98,23 @@ def quantized_linear(
             weights), "e4m3" or "e5m2" per token or "e4m3-block" per 128 neighbours (with e4m3 weights; "e4m3"
             with int4 weights too), or,
             as `quantize_zeros` does it, "int8-zeros" (with int8 weights, and an in_size up to 65536)
-    weight_sums: int32 [out_size], contiguous: with "int8-zeros", ``row_sums`` of weight; computed when None,
-            which reads all of weight, and not of interleaved rows
+    weight_sums: int32, one a row of weight, contiguous: with "int8-zeros", ``row_sums`` of weight; computed
+            when None, which reads all of weight, and not of interleaved rows
     interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
+    residual: [num_tokens, out_size], dtype of x, last dimension contiguous, or None; may be out
+    gated:  weight has 2 * out_size rows, a gate's, then up's (and so have scales, zeros and weight_sums), and
+            y = silu(x gate^T) * (x up^T); without bias and residual
+    out_scale: fp32 [1], or None: out is the bytes of y that ``quantize`` per "tensor" makes with this scale;
+            out_size is then a multiple of 16
     constant_weight, tactic, workspace: on CUDA and with an activation, as ``linear`` takes them
-    out:    [num_tokens, out_size], dtype of x, last dimension contiguous; allocated when None
+    out:    [num_tokens, out_size], dtype of x, or with out_scale e4m3 | int8; last dimension contiguous;
+            allocated when None, e4m3 with out_scale
     Returns out; bitwise repeatable.
+    On CUDA with an activation and 8-bit weights, residual, gated and out_scale are part of the product's
+    kernel, which rounds y once. out_size is with a gate a multiple of 8 (with "e4m3-block" 128). On the CPU
+    the product is rounded to the dtype of x, then silu_mul, the addition and quantize follow. Other products
+    on CUDA take none of the three.
     On the CPU, products with int8, int4 and e2m1 are of whole numbers, x as 127 * 254 (bf16, fp16) or 127 *
     254^2 (fp32) steps of the largest of 128 neighbours, and exact within a block; sums of blocks, and all of
     e4m3, in fp32. A token's result does not depend on the others.
@@ -110,7 +125,8 @@ def quantized_linear(
     Raises ValueError for a shape, dtype, stride or device it does not take, naming what it does.
     With activation None, or int4 weights, on CUDA weights are repacked at every call, which takes far longer
     than the product; keep what ``repack_for_cuda`` gives and call ``weight_only_linear`` instead.
-    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, matmul_sm80.cuh, weight_only.cuh
+    Kernels: csrc/gemm/integer_linear.cpp, fp8_linear.cpp, matmul_sm90.cuh, matmul_sm80.cuh, weight_only.cuh.
+    Source of the gate: Shazeer 2020 (SwiGLU).
     """
     op = "quantized_linear"
     x, weight, scales = as_tensor(x), as_tensor(weight), as_tensor(scales)
@@ -125,31 +141,54 @@ def quantized_linear(
     check_shape(op, "x", x, (None, None), "[num_tokens, in_size]")
     check_dtype(op, "weight", weight, (_STORED[weight_type],))
     num_tokens, in_size = x.shape
-    out_size = _checked_out_size(op, weight, weight_type, in_size)
+    num_rows = _checked_num_rows(op, weight, weight_type, in_size)
     rows, size = _checked_block(op, weight_type, block, in_size)
     check_dtype(op, "scales", scales, _SCALE_DTYPES)
-    _check_by_block(op, "scales", scales, out_size, in_size, rows, size)
+    _check_by_block(op, "scales", scales, num_rows, in_size, rows, size)
     if zeros is not None:
         zeros = as_tensor(zeros)
         require(weight_type == "int4", f"{op}: zeros are given, but {weight_type} weights have none")
         check_dtype(op, "zeros", zeros, (torch.uint8,))
-        _check_by_block(op, "zeros", zeros, out_size, in_size, rows, size)
+        _check_by_block(op, "zeros", zeros, num_rows, in_size, rows, size)
     if global_scale is not None:
         global_scale = as_tensor(global_scale)
         check_dtype(op, "global_scale", global_scale, (torch.float32,))
         check_shape(op, "global_scale", global_scale, (1,), "[1]")
-    weight_sums = _checked_sums(op, weight_sums, weight, activation, interleaved, out_size, in_size)
-    out = torch.empty(num_tokens, out_size, dtype=x.dtype, device=x.device) if out is None else as_tensor(out)
-    check_shape(op, "out", out, (num_tokens, out_size), "[num_tokens, out_size]")
-    check_dtype(op, "out", out, (x.dtype,))
+    weight_sums = _checked_sums(op, weight_sums, weight, activation, interleaved, num_rows, in_size)
+    require(not gated or (bias is None and residual is None), f"{op}: gated takes neither bias nor residual")
+    if gated and num_rows % 2:
+        raise ValueError(f"{op}: weight has {num_rows} rows; gate and up have as many each")
+    shape = (num_tokens, num_rows // 2 if gated else num_rows)
+    if out is None:
+        dtype = x.dtype if out_scale is None else torch.float8_e4m3fn
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    out = as_tensor(out)
+    check_shape(op, "out", out, shape, "[num_tokens, out_size]")
+    check_dtype(op, "out", out, (x.dtype,) if out_scale is None else BYTE_DTYPES)
     if bias is not None:
         bias = as_tensor(bias)
-        check_shape(op, "bias", bias, (out_size,), "[out_size]")
+        check_shape(op, "bias", bias, shape[1:], "[out_size]")
         check_dtype(op, "bias", bias, (x.dtype,))
+    if residual is not None:
+        residual = as_tensor(residual)
+        check_shape(op, "residual", residual, shape, "[num_tokens, out_size]")
+        check_dtype(op, "residual", residual, (x.dtype,))
+    if out_scale is not None:
+        out_scale = as_tensor(out_scale)
+        check_shape(op, "out_scale", out_scale, (1,), "[1]")
+        check_dtype(op, "out_scale", out_scale, (torch.float32,))
+        if shape[1] % 16:
+            raise ValueError(f"{op}: out_size is {shape[1]}; with an out_scale it must be a multiple of 16")
     check_device(op, x=x, weight=weight, scales=scales, zeros=zeros, global_scale=global_scale, bias=bias)
-    check_device(op, x=x, weight_sums=weight_sums, out=out)
+    check_device(op, x=x, weight_sums=weight_sums, residual=residual, out_scale=out_scale, out=out)
+    has_epilogue = gated or residual is not None or out_scale is not None
     require(not (x.is_cuda and interleaved), f"{op} on CUDA: interleaved rows are for the CPU")
     if x.is_cuda and (activation is None or weight_type == "int4"):
+        require(
+            not has_epilogue,
+            f"{op} on CUDA: residual, gated and out_scale go with an activation and weights of int8 or e4m3; "
+            "behind other products take silu_mul, add_rms_norm or quantize, or token_weight_only_linear",
+        )
         check_contiguous(op, weight=weight, scales=scales, zeros=zeros)
         repacked = repack_for_cuda(
             *(weight, scales),
@@ -163,19 +202,23 @@ def quantized_linear(
         if activation is not None:
             x, x_scales = round_to(x, activation)
         return weight_only_linear(x, repacked, bias, x_scales=x_scales, out=out)
-    check_last_contiguous(op, x=x, bias=bias, out=out)
+    check_last_contiguous(op, x=x, bias=bias, residual=residual, out=out)
     check_contiguous(op, weight=weight, scales=scales, zeros=zeros, weight_sums=weight_sums)
     require(not interleaved or interleaves(weight), f"{op}: interleaved {_INTERLEAVED}")
     if x.is_cuda:
-        weight_scales = _scales_on_cuda(op, activation, scales, global_scale, out_size, in_size, rows, size)
+        weight_scales = _scales_on_cuda(op, activation, scales, global_scale, num_rows, in_size, rows, size)
         check_dtype(f"{op} on CUDA", "x", x, (torch.bfloat16, torch.float16))
         bytes_, x_scales, *x_zeros = round_to(x, activation)
         matmul(
             *(op, bytes_, weight, x_scales, weight_scales, bias, constant_weight, tactic, workspace, out),
             x_zeros=x_zeros[0] if x_zeros else None,
             weight_sums=weight_sums,
+            residual=residual,
+            out_scale=out_scale,
+            gated=gated,
         )
         return out
+    product = x.new_empty(num_tokens, num_rows) if has_epilogue else out
     torch.ops.fastkernels.quantized_linear(
         x,
         weight,
@@ -189,9 +232,29 @@ def quantized_linear(
         size,
         ACTIVATIONS[activation],
         interleaved,
-        out,
+        product,
     )
+    if has_epilogue:
+        _finish(product, residual, gated, out_scale, out)
     return out
+
+
+def _finish(
+    product: torch.Tensor,
+    residual: torch.Tensor | None,
+    gated: bool,
+    out_scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """On the CPU, what the GPU's kernel does before it rounds."""
+    if gated:
+        product = silu_mul(product)
+    if residual is not None:
+        product = product + residual
+    if out_scale is None:
+        out.copy_(product)
+    else:
+        quantize(product, per="tensor", scales=out_scale, dtype=out.dtype, out=out)
 
 
 def round_to(x: torch.Tensor, activation: str | None) -> tuple[torch.Tensor, ...]:
@@ -244,7 +307,7 @@ def _scales_on_cuda(
     activation: str | None,
     scales: torch.Tensor,
     global_scale: torch.Tensor | None,
-    out_size: int,
+    num_rows: int,
     in_size: int,
     rows: int,
     size: int,
@@ -259,7 +322,7 @@ def _scales_on_cuda(
                 f"{op}: block is {(rows, size)}, but with {activation!r} the op takes (128, 128)"
             )
         return scales
-    if size < in_size or (rows != 1 and rows < out_size):
+    if size < in_size or (rows != 1 and rows < num_rows):
         raise ValueError(f"{op}: block is {(rows, size)}, but the op takes a scale a row, or one for all")
     return scales.view(-1)
 
@@ -267,7 +330,7 @@ def _scales_on_cuda(
 # Sentences with sizes are put together where they are raised: torch.compile, with sizes that vary, cannot.
 
 
-def _checked_out_size(op: str, weight: torch.Tensor, weight_type: str, in_size: int) -> int:
+def _checked_num_rows(op: str, weight: torch.Tensor, weight_type: str, in_size: int) -> int:
     if not 0 < in_size <= _MAX_IN_SIZE:
         raise ValueError(f"{op}: in_size is {in_size}, but the op takes 1 to {_MAX_IN_SIZE}")
     half_bytes = weight_type in ("int4", "e2m1")
@@ -288,7 +351,7 @@ def _checked_sums(
     weight: torch.Tensor,
     activation: str | None,
     interleaved: bool,
-    out_size: int,
+    num_rows: int,
     in_size: int,
 ) -> torch.Tensor | None:
     if activation != WITH_ZEROS:
@@ -304,7 +367,7 @@ def _checked_sums(
         return row_sums(weight)
     weight_sums = as_tensor(weight_sums)
     check_dtype(op, "weight_sums", weight_sums, (torch.int32,))
-    check_shape(op, "weight_sums", weight_sums, (out_size,), "[out_size]")
+    check_shape(op, "weight_sums", weight_sums, (num_rows,), "[out_size], with a gate [2 * out_size]")
     return weight_sums
 
 
@@ -326,9 +389,9 @@ def _checked_block(op: str, weight_type: str, block: tuple[int, int] | None, in_
 
 
 def _check_by_block(
-    op: str, name: str, x: torch.Tensor, out_size: int, in_size: int, rows: int, size: int
+    op: str, name: str, x: torch.Tensor, num_rows: int, in_size: int, rows: int, size: int
 ) -> None:
-    expected = (-(-out_size // rows), -(-in_size // size))
+    expected = (-(-num_rows // rows), -(-in_size // size))
     if tuple(x.shape) != expected:
         raise ValueError(
             f"{op}: {name} has shape {list(x.shape)}, but the op takes {list(expected)} for blocks of "

@@ -142,8 +142,15 @@ def copy_pages(
 # --- activation ---------------------------------------------------------------------------------------------
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y + residual
 
 
 def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -195,13 +202,17 @@ def quantized_linear(
     zeros: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """In dtype; rounding x to bytes stays ``quantize``'s."""
+    """In dtype; rounding x to bytes stays ``quantize``'s, and so does the result with an out_scale."""
     full = dequantize_weight(weight, scales, weight_type, block, zeros, global_scale, dtype)
-    return torch.nn.functional.linear(
+    y = torch.nn.functional.linear(
         round_activation(x, activation, dtype), full, None if bias is None else bias.to(dtype)
     )
+    y = silu_mul(y) if gated else y
+    return y if residual is None else y + residual.to(dtype)
 
 
 def round_activation(x: torch.Tensor, activation: str | None, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from fastkernels import ops
 from fastkernels.compiler import CompileError, Step
 from fastkernels.compiler.tune import (
     BY_RULE,
+    PRODUCT_STEPS,
     STREAM,
     TORCH,
     Call,
@@ -26,6 +27,7 @@ from fastkernels.compiler.tune import (
     Product,
     Tactic,
     call_of,
+    gates,
     product_of,
 )
 from fastkernels.ops.gemm import LINEAR_TACTIC
@@ -65,8 +67,12 @@ class Products:
         by_row = product.op == "matmul" and product.weight in ("e4m3", "int8")
         return by_row and tactic == Tactic("matmul", LINEAR_TACTIC)
 
-    def call(self, product: Product, inputs: list[Tensor], out: Tensor) -> Call:
-        return call_of(product, self.tactic(product, inputs), inputs, out, self.workspace)
+    def gates(self, product: Product, inputs: list[Tensor]) -> bool:
+        tactic, num_tokens = self.tactic(product, inputs), inputs[0].shape[0]
+        return gates(product, tactic, num_tokens, self.choices.capability)
+
+    def call(self, product: Product, inputs: list[Tensor], out: Tensor, *, gated: bool = False) -> Call:
+        return call_of(product, self.tactic(product, inputs), inputs, out, self.workspace, gated=gated)
 
 
 def bind(
@@ -87,13 +93,17 @@ def bind(
     """
     if step.op not in BINDERS:
         raise CompileError(f"no kernel is bound to the step {step.op!r}; there are {', '.join(BINDERS)}")
-    if step.op in PRODUCTS and inputs[0].device.type != "cpu":
+    if step.op in PRODUCT_STEPS and inputs[0].device.type != "cpu":
         out = outputs[-1]
         product = product_of(step, out.shape[1], inputs[0].shape[1], dtype)
+        if step.op in ("linear_silu_mul", "matmul_silu_mul_quant") and products.gates(product, inputs):
+            return _by_gated_matmul(inputs, outputs, step.attributes, product, products)
+        call = products.call(product, inputs, out)
         if step.op == "linear_silu_mul":
-            streams = products.tactic(product, inputs) == STREAM
-            return _gated(inputs, outputs, streams, products.call(product, inputs, out))
-        return products.call(product, inputs, out)
+            return _gated(inputs, outputs, products.tactic(product, inputs) == STREAM, call)
+        if step.op == "matmul_silu_mul_quant":
+            return _then_silu_mul_quant(call, outputs, step.attributes)
+        return call
     of_the_step = {"num_tokens": num_tokens, "max_query_len": max_query_len, "dtype": dtype}
     return BINDERS[step.op](inputs, outputs, {**step.attributes, **of_the_step})
 
@@ -122,6 +132,32 @@ def _gated(inputs: list[Tensor], outputs: list[Tensor], streams: bool, product: 
     if streams:
         return partial(_fk.linear_silu_mul.default, *inputs, True, out)
     return partial(_in_turn, product, partial(_fk.silu_mul.default, gate_up, out))
+
+
+def _by_gated_matmul(
+    inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes, product: Product, products: Products
+) -> Call:
+    """A product with the gate in its epilogue; what it gives, where bytes of it are wanted, goes to the first
+    half of the room that the product without would take."""
+    out, *rest = outputs
+    if len(rest) == 1:
+        return products.call(product, inputs, out, gated=True)
+    scales, room = rest
+    act = room.view(-1)[: out.numel()].view(out.shape)
+    quantize = partial(_fk.quantize.default, act, KINDS[attributes["per"]], out, scales)
+    return partial(_in_turn, products.call(product, inputs, act, gated=True), quantize)
+
+
+def _then_silu_mul_quant(product: Call, outputs: list[Tensor], attributes: Attributes) -> Call:
+    out, scales, gate_up = outputs
+    return partial(
+        _in_turn, product, BINDERS["silu_mul_quant"]([gate_up], [out, scales], {"per": attributes["per"]})
+    )
+
+
+def _matmul_silu_mul_quant(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    product = BINDERS["matmul"](inputs, outputs[-1:], attributes)
+    return _then_silu_mul_quant(product, outputs, attributes)
 
 
 def _in_turn(first: Call, second: Call) -> None:
@@ -275,6 +311,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "quantize": _quantizing(_fk.quantize.default),
     "quantize_zeros": _plain(_fk.quantize_zeros.default),
     "matmul": _only_on_a_gpu,
+    "matmul_silu_mul_quant": _matmul_silu_mul_quant,
     "token_linear": _token_linear,
     "token_weight_only_linear": _token_weight_only_linear,
     "rms_norm": _rms_norm,
@@ -292,6 +329,3 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "silu_mul_quant": _quantizing(_fk.silu_mul_quant.default),
     "gather_rows": _plain(_fk.gather_rows.default),
 }
-
-PRODUCTS = ("linear", "linear_silu_mul", "quantized_linear", "matmul")
-"""Steps that have tactics on a GPU."""

@@ -21,11 +21,18 @@ _aten = torch.ops.aten
 
 
 def call_of(
-    product: Product, tactic: Tactic, inputs: Sequence[Tensor], out: Tensor, workspace: Tensor | None
+    product: Product,
+    tactic: Tactic,
+    inputs: Sequence[Tensor],
+    out: Tensor,
+    workspace: Tensor | None,
+    *,
+    gated: bool = False,
 ) -> Call:
     """inputs: of the step, in its order: x, where it is bytes its scales and perhaps zero points, the
         weight's parts, and a bias or none
     workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
+    gated: out is silu(gate) * up of what ``product`` gives, where ``gates`` says so
 
     The ops are taken by overload and bound once: nothing is validated here.
     """
@@ -58,8 +65,11 @@ def call_of(
             weight_scales = weight_scales.view(-1)
     else:
         (weight,) = rest
-    operands = (x, weight, x_scales, weight_scales, x_zeros, weight_sums, bias)
-    return partial(_fk.matmul.default, *operands, True, tactic.number, workspace, out)
+    return partial(
+        _fk.matmul.default,
+        *(x, weight, x_scales, weight_scales, x_zeros, weight_sums, bias, None, None),
+        *(True, gated, tactic.number, workspace, out),
+    )
 
 
 def random_x(product: Product, num_tokens: int, device: torch.device) -> list[Tensor]:

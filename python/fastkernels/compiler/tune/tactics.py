@@ -88,12 +88,16 @@ class Product:
         return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}"
 
 
+PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul", "matmul_silu_mul_quant")
+"""Ops of steps that have a product, and so tactics on a GPU; what it gives is their last output."""
+
+
 def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
     """The product that a step on a GPU computes. dtype: the model's."""
     if step.op in ("linear", "linear_silu_mul"):
         return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3)
     scheme = find_scheme(str(step.attributes["scheme"]))
-    if step.op == "matmul" and isinstance(scheme, Rounded):
+    if step.op in ("matmul", "matmul_silu_mul_quant") and isinstance(scheme, Rounded):
         weight = str(scheme.scheme.activation)
         with_bias = 7 if weight == WITH_ZEROS else 5
         return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
@@ -110,7 +114,7 @@ def products_of(
     """Every product of ``plan``, compiled for a GPU, and the most rows a step has of it."""
     found: dict[Product, int] = {}
     for step in plan.steps:
-        if step.op in ("linear", "linear_silu_mul", "matmul", "quantized_linear"):
+        if step.op in PRODUCT_STEPS:
             out, x = plan.buffers[step.outputs[-1]], plan.buffers[step.inputs[0]]
             product = product_of(step, out.row_size, x.row_size, dtype)
             rows = max_num_tokens if out.rows == "tokens" else max_num_seqs
@@ -129,6 +133,19 @@ def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) 
         return STREAM
     few = 0 < num_tokens <= MOST_FEW_TOKENS and _has_hopper_matmul(product, capability)
     return Tactic("matmul", -1) if few else TORCH
+
+
+def gates(product: Product, tactic: Tactic, num_tokens: int, capability: tuple[int, int] | None) -> bool:
+    """Whether a product with the rows of a gate and up, by this tactic and for so many tokens, computes
+    silu(gate) * up in its epilogue; else a kernel behind it does."""
+    if tactic.kernel != "matmul" or tactic.number is None or capability != HOPPER:
+        return False
+    rows, number = 16, tactic.number  # of gate and up
+    if product.weight == "e4m3-block":
+        rows = 256
+        if 0 <= number < LINEAR_TACTIC and MATMUL_TILES[number // 2].columns > 128:
+            return False  # no room for the scales of both
+    return number != LINEAR_TACTIC and product.out_size % rows == 0
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
