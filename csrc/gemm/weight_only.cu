@@ -24,7 +24,7 @@ void run(const WeightOnlyParams& p, const TokenSides& sides, void* stream) {
         case PackedFormat::mxfp4: return weight_only_fp4(p, sides, stream);
         case PackedFormat::int4_e4m3_g128:
         case PackedFormat::int4_e4m3_g64:
-        case PackedFormat::int4_e4m3_g32: return weight_only_int4_e4m3(p, stream);  // sides: none
+        case PackedFormat::int4_e4m3_g32: return weight_only_int4_e4m3(p, sides, stream);
         default:
             fail("weight_only_linear: format ", static_cast<int>(p.format), " is none of 0 to ", kNumPackedFormats - 1);
     }

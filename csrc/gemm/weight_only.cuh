@@ -1,5 +1,5 @@
 // out = x W^T + bias with W in 4 or 8 bits and x as it is, on tensor cores (mma.sync m16n8k16, fp32 accumulators), for
-// more tokens than weight_only_few.cuh takes; of int4 with x in e4m3, for any number of them.
+// more tokens than weight_only_few.cuh takes; also of int4 with x in e4m3.
 //
 //   x [num_tokens, K] bf16 | fp16, or e4m3 with x_scales [num_tokens]   W in units of 16 rows x 128 (weight_only.h)
 //   bias [N]   out [num_tokens, N]   bf16 | fp16
@@ -28,9 +28,8 @@
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/load_16.cuh"
-#include "common/ptx/load_4.cuh"
+#include "common/ptx/load_4_8.cuh"
 #include "common/ptx/mma.cuh"
-#include "common/ptx/mma_bytes.cuh"
 #include "common/ptx/pdl.cuh"
 #include "gemm/weight_only.h"
 #include "gemm/weight_only_formats.cuh"
@@ -73,13 +72,6 @@ struct WeightOnlyArgs {
 template <typename F>
 using LaneTokens = std::conditional_t<kTakesE4m3<F>, uint2, uint4>;
 
-__device__ __forceinline__ uint4 pairs_of_bytes(const uint2& bytes) {
-    uint4 pairs;
-    to_halves<__nv_fp8_e4m3>(bytes.x, pairs.x, pairs.y);
-    to_halves<__nv_fp8_e4m3>(bytes.y, pairs.z, pairs.w);
-    return pairs;
-}
-
 template <typename T, typename F>
 __device__ __forceinline__ void store_sum(const WeightOnlyParams& p, float sum, int64_t token, bool valid, int64_t tile,
                                           int row) {
@@ -111,7 +103,7 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int my_piece = kTakesE4m3<F> ? lane * 16 : piece_of_lane(g, t);
+    const int my_piece = own_piece<F>(lane);
     const int num_stages = args.num_stages, in_size = static_cast<int>(p.in_size);
 
     // This block's tiles of 16 rows, in groups, and its chunks of K.
@@ -285,7 +277,7 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
                 if constexpr (kTakesE4m3<F>) {
 #pragma unroll
                     for (int n = 0; n < kTokenTiles; ++n) {
-                        pairs[n] = pairs_of_bytes(tokens[s % kAhead][n]);
+                        pairs[n] = pairs_of_bytes(tokens[s % kAhead][n].x, tokens[s % kAhead][n].y);
                     }
                 }
 #pragma unroll

@@ -57,6 +57,6 @@ void weight_only_int4(const WeightOnlyParams& p, const TokenSides& sides, void* 
 void weight_only_int4_zeros(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 void weight_only_byte(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 void weight_only_fp4(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
-void weight_only_int4_e4m3(const WeightOnlyParams& p, void* stream);
+void weight_only_int4_e4m3(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 
 }  // namespace fastkernels

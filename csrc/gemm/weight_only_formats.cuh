@@ -14,7 +14,7 @@
 namespace fastkernels {
 namespace {
 
-// Where in 512 bytes the 16 of lane 4 g + t are.
+// Where in 512 bytes the 16 of lane 4 g + t are, but of formats for e4m3.
 FK_HOST_DEVICE int piece_of_lane(int g, int t) {
     return (g * 4 + (t ^ g / 2)) * 16;
 }
@@ -56,6 +56,12 @@ FK_HOST_DEVICE Word word_at(const char* p) {
 // and, where x is e4m3, kForE4m3.
 template <typename F>
 inline constexpr bool kTakesE4m3 = requires { F::kForE4m3; };
+
+// Where in a piece of 512 bytes a lane's 16 are.
+template <typename F>
+FK_HOST_DEVICE int own_piece(int lane) {
+    return kTakesE4m3<F> ? lane * 16 : piece_of_lane(lane / 4, lane % 4);
+}
 
 template <int kGroup, bool kZeros>
 struct Int4 {

@@ -24,12 +24,13 @@ FORMATS: dict[str, tuple[int | None, torch.dtype]] = {
     "int4-e4m3-channel": (None, torch.float32),
 }
 DTYPES = [torch.bfloat16, torch.float16]
-TOKENS = [0, 1, 3, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257, 1000]
+TOKENS = [0, 1, 3, 8, 9, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257, 1000]
 SIZES = [(1, 128), (17, 256), (40, 1024), (129, 2304), (80, 384)]  # out_size, in_size
 TAILS = [(33, 16), (16, 208), (50, 1168)]  # of a scale a row
 MANY_ROWS = (9000, 512)  # more tiles than a block takes at once
+MORE_ROWS = (40000, 256)  # the same of 8 tokens
 TACTICS = range(ops.WEIGHT_ONLY_FEW_TACTICS + 1, ops.WEIGHT_ONLY_TACTICS + 1)
-SHARED_TACTICS = range(1, TACTICS[0])  # of the kernel that all GPUs have
+SHARED_TACTICS = range(1, TACTICS[0])  # of the kernels that all GPUs have
 
 
 def weight_of(name: str, out_size: int, in_size: int) -> dict[str, Any]:
@@ -149,8 +150,8 @@ def test_matches_reference_on_cuda(name, dtype, tactic):
 @pytest.mark.parametrize("tactic", SHARED_TACTICS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_rows_on_cuda(name, tactic):
-    if takes(name, MANY_ROWS[1]):
-        check(name, [1, 16, 17, 33, 129], *MANY_ROWS, torch.bfloat16, tactic)
+    check(name, [1, 5, 16, 17, 33, 129], *MANY_ROWS, torch.bfloat16, tactic)
+    check(name, [8], *MORE_ROWS, torch.bfloat16, tactic)
 
 
 @on_hopper
@@ -209,16 +210,17 @@ def test_every_byte_of_x_on_cuda(tactic):
     weight = repack({"weight": packed, "scales": scales, "weight_type": "int4", "block": (1, 128)}, "cuda")
     all_bytes = torch.arange(256).to(torch.uint8)
     finite = torch.where(all_bytes & 127 == 127, 0, all_bytes)
-    x = torch.stack([finite.roll(token) for token in range(19)]).view(torch.float8_e4m3fn).cuda()
-    ones = torch.ones(19, device="cuda")
-    out = poisoned(19, 256, dtype=torch.float16, device="cuda")
-    ops.weight_only_linear(x, weight, x_scales=ones, tactic=tactic, out=out)
-    assert torch.equal(out, x.half())
-    spoilt = x.view(torch.uint8).clone()
-    spoilt[3, 77], spoilt[11, 200] = 127, 255
-    y = ops.weight_only_linear(spoilt.view(x.dtype), weight, x_scales=ones, tactic=tactic)
-    rest = [token for token in range(19) if token not in (3, 11)]
-    assert y[[3, 11]].isnan().all() and torch.equal(y[rest].half(), x[rest].half())
+    for count in (7, 19):
+        x = torch.stack([finite.roll(token) for token in range(count)]).view(torch.float8_e4m3fn).cuda()
+        ones = torch.ones(count, device="cuda")
+        out = poisoned(count, 256, dtype=torch.float16, device="cuda")
+        ops.weight_only_linear(x, weight, x_scales=ones, tactic=tactic, out=out)
+        assert torch.equal(out, x.half())
+        spoilt = x.view(torch.uint8).clone()
+        spoilt[3, 77], spoilt[5, 200] = 127, 255
+        y = ops.weight_only_linear(spoilt.view(x.dtype), weight, x_scales=ones, tactic=tactic)
+        rest = [token for token in range(count) if token not in (3, 5)]
+        assert y[[3, 5]].isnan().all() and torch.equal(y[rest].half(), x[rest].half())
 
 
 @on_cuda
@@ -226,17 +228,23 @@ def test_every_byte_of_x_on_cuda(tactic):
 def test_a_token_does_not_depend_on_the_others_on_cuda(tactic):
     weight = repack(weight_of("int4-e4m3-g128", 70, 1024), "cuda")
     x, x_scales = (one.cuda() for one in bytes_of(16, 1024))
-    together = ops.weight_only_linear(x, weight, x_scales=x_scales, tactic=tactic)
-    for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
-        scales = x_scales[first:last].clone()
-        some = ops.weight_only_linear(x[first:last], weight, x_scales=scales, tactic=tactic)
-        assert torch.equal(some, together[first:last])
+    # Tokens of a product -> parts of them that it multiplies in the same way
+    ranges = {16: ((0, 1), (3, 8), (0, 16), (9, 16))}
+    if tactic in SHARED_TACTICS:
+        ranges = {8: ((0, 1), (3, 8)), 16: ((0, 9), (6, 16))}
+    for count, parts in ranges.items():
+        scales = x_scales[:count].clone()
+        together = ops.weight_only_linear(x[:count], weight, x_scales=scales, tactic=tactic)
+        for first, last in parts:
+            scales = x_scales[first:last].clone()
+            some = ops.weight_only_linear(x[first:last], weight, x_scales=scales, tactic=tactic)
+            assert torch.equal(some, together[first:last])
 
 
 @on_cuda
 @pytest.mark.parametrize("name, in_size", [("int4-e4m3-g128", 256), ("int4-e4m3-channel", 208)])
 @pytest.mark.parametrize("tactic", [0, *SHARED_TACTICS])
-@pytest.mark.parametrize("num_tokens", [9, 70, 300])
+@pytest.mark.parametrize("num_tokens", [6, 9, 70, 300])
 def test_nan_and_strided_operands_on_cuda(num_tokens, tactic, name, in_size):
     weight = repack(weight_of(name, 40, in_size), "cuda")
     x, x_scales = (one.cuda() for one in bytes_of(num_tokens, in_size))

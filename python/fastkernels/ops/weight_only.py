@@ -208,8 +208,8 @@ def weight_only_linear(
     Returns out. Weights are exact in registers but as said above, sums in fp32, of e4m3 in tiles with about
     14 bits within a group, rounded once; up to 4 tokens times int4 or int8 x, as it is, is rounded to 16 bits
     of the largest of 128 neighbours, and to NaN where that is not finite; bitwise repeatable; with a given
-    tactic a token's result does not depend on the others, as long as there are 1 to 4, 5 to 8, 9 to 16 (of
-    e4m3 1 to 16), 17 to 32 or more (few), or no more than fill a tile; safe in a CUDA graph.
+    tactic a token's result does not depend on the others, as long as there are 1 to 4, 5 to 8 (of e4m3 1 to
+    8), 9 to 16, 17 to 32 or more (few), or no more than fill a tile; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernels: csrc/gemm/weight_only_few.cuh, weight_only.cuh, weight_only_sm90.cuh
     """
