@@ -1,4 +1,4 @@
-// Weights in 4 and 8 bits with x as it is: what is taken, and which file has the format.
+// Weights in 4 and 8 bits with x as it is, or of int4 in e4m3: what is taken, and which file has the format.
 #include "common/launch.h"
 #include "gemm/weight_only.h"
 #include "gemm/weight_only_sm90.h"
@@ -22,6 +22,9 @@ void run(const WeightOnlyParams& p, const TokenSides& sides, void* stream) {
         // kernel, with x rounded to the same format, would be asked for here.
         case PackedFormat::nvfp4:
         case PackedFormat::mxfp4: return weight_only_fp4(p, sides, stream);
+        case PackedFormat::int4_e4m3_g128:
+        case PackedFormat::int4_e4m3_g64:
+        case PackedFormat::int4_e4m3_g32: return weight_only_int4_e4m3(p, sides, stream);
         default:
             fail("weight_only_linear: format ", static_cast<int>(p.format), " is none of 0 to ", kNumPackedFormats - 1);
     }
@@ -37,18 +40,13 @@ void weight_only_linear_cuda(const WeightOnlyParams& p, void* stream) {
     if (p.num_tokens == 0 || p.out_size == 0) {
         return;
     }
-    const bool is_e4m3 = takes_e4m3(p.format);
-    const int whole = is_e4m3 ? 16 : 8;
+    const int whole = takes_e4m3(p.format) ? 16 : 8;
     const auto address = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.packed);
     check(address % 16 == 0 && p.in_size % whole == 0 && p.x_token_stride % whole == 0,
           "weight_only_linear: x and packed must be aligned to 16 bytes, and in_size and the stride of x multiples of ",
           whole);
     check(p.tactic >= 0 && p.tactic <= kWeightOnlyTactics, "weight_only_linear: tactic is ", p.tactic,
           ", but there are 1 to ", kWeightOnlyTactics, ", and 0 chooses");
-    check(!is_e4m3 || (weight_only_sm90_runs() && (p.tactic == 0 || p.tactic > kWeightOnlyFewTactics)),
-          "weight_only_linear: weights for x in e4m3 are for Hopper GPUs (sm_90a), builds with its architecture, and "
-          "tactics from ",
-          kWeightOnlyFewTactics + 1, " on");
     if (p.tactic == 0 && weight_only_sm90_runs() && weight_only_sm90_split(p, stream)) {
         return;
     }

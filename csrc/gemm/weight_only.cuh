@@ -1,7 +1,8 @@
 // out = x W^T + bias with W in 4 or 8 bits and x as it is, on tensor cores (mma.sync m16n8k16, fp32 accumulators), for
-// more tokens than weight_only_few.cuh takes.
+// more tokens than weight_only_few.cuh takes; also of int4 with x in e4m3.
 //
-//   x [num_tokens, K]   W in units of 16 rows x 128 (weight_only.h)   bias [N]   out [num_tokens, N]   bf16 | fp16
+//   x [num_tokens, K] bf16 | fp16, or e4m3 with x_scales [num_tokens]   W in units of 16 rows x 128 (weight_only.h)
+//   bias [N]   out [num_tokens, N]   bf16 | fp16
 //
 // W is the A operand, tokens are B, 8 a tile. The blocks that run at once share W's tiles of 16 rows evenly; where that
 // would leave few rows a block, the blocks of a cluster share K. A block takes its tiles in groups of up to kRowTiles,
@@ -14,7 +15,8 @@
 // Scales of groups multiply fp32 sums: 4 multiply-adds a tile and group, fewer than pairs would need, and exact. Only
 // those of e2m1, which has to be multiplied for its exponent's offset anyway, go to the pairs, exact too. The tokens
 // are read from global memory straight into operands, up to a chunk ahead: a block reads all of x (of its part of K)
-// once a group.
+// once a group. Bytes of x become fp16, which is exact, once for the tiles of a group, and a token's scale multiplies
+// its results.
 //
 // Bytes: W and its scales once; x once a group of kRowTiles * 16 rows, from L1 or L2. Source: none; the layout follows
 // from linear.cuh's, the trick with the mantissa from Kim et al. 2022 (Who Says Elephants Can't Run).
@@ -26,6 +28,7 @@
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/load_16.cuh"
+#include "common/ptx/load_4_8.cuh"
 #include "common/ptx/mma.cuh"
 #include "common/ptx/pdl.cuh"
 #include "gemm/weight_only.h"
@@ -64,12 +67,21 @@ struct WeightOnlyArgs {
     int num_stages, num_clusters;
 };
 
+// What a lane reads of a token for a step of 32 along K: 8 neighbours, as pairs that are b0 and b1 of the step's two
+// mma's, or as bytes, 4 from 4 t and 4 from 16 + 4 t on, which become such pairs.
+template <typename F>
+using LaneTokens = std::conditional_t<kTakesE4m3<F>, uint2, uint4>;
+
 template <typename T, typename F>
 __device__ __forceinline__ void store_sum(const WeightOnlyParams& p, float sum, int64_t token, bool valid, int64_t tile,
                                           int row) {
     const int64_t n = tile * kUnitRows + row;
     if (valid && n < p.out_size) {
-        float y = sum * (p.row_factors[n] * F::template kLeftOut<T>);
+        float factor = p.row_factors[n] * F::template kLeftOut<T>;
+        if constexpr (kTakesE4m3<F>) {
+            factor *= p.x_scales[token];
+        }
+        float y = sum * factor;
         if (p.bias != nullptr) {
             y += to_float(static_cast<const T*>(p.bias)[n]);
         }
@@ -80,6 +92,8 @@ __device__ __forceinline__ void store_sum(const WeightOnlyParams& p, float sum, 
 template <typename T, typename F, int kTokenTiles, int kRowTiles>
 __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const WeightOnlyArgs args) {
     using Shape = WeightShape<F, kTokenTiles, kRowTiles>;
+    using X = std::conditional_t<kTakesE4m3<F>, uint8_t, T>;
+    using Operand = std::conditional_t<kTakesE4m3<F>, fp16, T>;
     constexpr bool kHasSums = F::kScaleSteps > 0;
     // The tokens are read a whole item ahead where there are registers for it, else one step of 32 along K or none.
     constexpr bool kWholeUnits = F::kScaleSteps == 0 || F::kScaleSteps == 4;
@@ -89,7 +103,8 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int my_piece = piece_of_lane(g, t), num_stages = args.num_stages, in_size = static_cast<int>(p.in_size);
+    const int my_piece = own_piece<F>(lane);
+    const int num_stages = args.num_stages, in_size = static_cast<int>(p.in_size);
 
     // This block's tiles of 16 rows, in groups, and its chunks of K.
     const int rank = cluster_rank(), splits = cluster_size(), cluster = static_cast<int>(blockIdx.x) / splits;
@@ -188,21 +203,30 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
     // --- The tokens: those past the end repeat the last one and are not written. Past the end of K, where W is zero,
     // the last elements are read again: they are in the sum already, should they be NaN
     // ----------------------------------
-    constexpr int kLaneSize = F::kTokenSteps * 8;  // neighbours of a lane that lie together
-    const T* x = static_cast<const T*>(p.x) + first_token * p.x_token_stride + t * kLaneSize;
-    const int last_k = in_size - 8 - t * kLaneSize;
+    constexpr int kLaneSize = kTakesE4m3<F> ? 4 : F::kTokenSteps * 8;  // neighbours of a lane that lie together
+    const X* x = static_cast<const X*>(p.x) + first_token * p.x_token_stride + t * kLaneSize;
+    const int last_k = kTakesE4m3<F> ? in_size - 16 : in_size - 8 - t * kLaneSize;
     int token_offset[kTokenTiles];  // fits: num_tokens - 1 tokens of an x that is not wider than 2^24
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
         token_offset[n] = min(n * 8 + g, num_tokens - 1) * static_cast<int>(p.x_token_stride);
     }
-    uint4 tokens[kAhead][kTokenTiles];
-    const auto load_tokens = [&](uint4(&to)[kTokenTiles], int chunk, int step) {
-        const int within = step / F::kTokenSteps * (kLaneSize * 4) + step % F::kTokenSteps * 8;
-        const int k = min((first_chunk + chunk) * kUnitSize + within, last_k);
+    LaneTokens<F> tokens[kAhead][kTokenTiles];
+    const auto load_tokens = [&](LaneTokens<F>(&to)[kTokenTiles], int chunk, int step) {
+        const int begin = (first_chunk + chunk) * kUnitSize;
+        if constexpr (kTakesE4m3<F>) {
+            const int k0 = min(begin + step * 32, last_k), k1 = min(begin + step * 32 + 16, last_k);
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-            to[n] = load_16_here(x + (token_offset[n] + k));
+            for (int n = 0; n < kTokenTiles; ++n) {
+                to[n] = {load_4_here(x + (token_offset[n] + k0)), load_4_here(x + (token_offset[n] + k1))};
+            }
+        } else {
+            const int within = step / F::kTokenSteps * (kLaneSize * 4) + step % F::kTokenSteps * 8;
+            const int k = min(begin + within, last_k);
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; ++n) {
+                to[n] = load_16_here(x + (token_offset[n] + k));
+            }
         }
     };
 
@@ -228,7 +252,7 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
             Item after = item;
             advance(after, kWeightWarps);
             const int chunk_after = after.group < num_groups ? after.chunk : item.chunk;
-            uint4 coming[kAhead][kTokenTiles];
+            LaneTokens<F> coming[kAhead][kTokenTiles];
             if constexpr (kItemAhead) {
 #pragma unroll
                 for (int s = 0; s < 4; ++s) {
@@ -249,6 +273,13 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
                         }
                     }
                 }
+                uint4 pairs[kTakesE4m3<F> ? kTokenTiles : 1];
+                if constexpr (kTakesE4m3<F>) {
+#pragma unroll
+                    for (int n = 0; n < kTokenTiles; ++n) {
+                        pairs[n] = pairs_of_bytes(tokens[s % kAhead][n].x, tokens[s % kAhead][n].y);
+                    }
+                }
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r) {
                     const char* unit = stage + r * Shape::kUnitBytes;
@@ -257,15 +288,18 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
                         piece[r] = *reinterpret_cast<const uint4*>(unit + s * F::kPieces / 4 * 512 + my_piece);
                     }
                     uint32_t row_pair[2];
-                    F::template prepare<T>(row_pair, scales, s, g, t);
+                    F::template prepare<Operand>(row_pair, scales, s, g, t);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         uint32_t a[4];
-                        F::template unpack<T>(piece[r], s, j, row_pair, a);
+                        F::template unpack<Operand>(piece[r], s, j, row_pair, a);
 #pragma unroll
                         for (int n = 0; n < kTokenTiles; ++n) {
                             uint32_t b0, b1;
-                            if constexpr (F::kTokenSteps == 1) {
+                            if constexpr (kTakesE4m3<F>) {
+                                b0 = word_of(pairs[n], j * 2);
+                                b1 = word_of(pairs[n], j * 2 + 1);
+                            } else if constexpr (F::kTokenSteps == 1) {
                                 b0 = word_of(tokens[s % kAhead][n], j * 2);
                                 b1 = word_of(tokens[s % kAhead][n], j * 2 + 1);
                             } else {
@@ -273,9 +307,9 @@ __global__ void __launch_bounds__(kWeightThreads, 1) weight_only_kernel(const We
                                 b1 = word_of(tokens[(s / 2 * 2 + 1) % kAhead][n], s % 2 * 2 + j);
                             }
                             if constexpr (kHasSums) {
-                                mma_m16n8k16<T>(part[r][n], a, b0, b1);
+                                mma_m16n8k16<Operand>(part[r][n], a, b0, b1);
                             } else {
-                                mma_m16n8k16<T>(sum[r][n], a, b0, b1);
+                                mma_m16n8k16<Operand>(sum[r][n], a, b0, b1);
                             }
                         }
                     }

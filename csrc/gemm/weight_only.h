@@ -12,10 +12,10 @@
 //           k + 8; the bits are in weight_only_unpack.cuh
 //   8 bits: words 2 j and 2 j + 1 of piece u are that of k = 32 u + 8 t + 4 j: two pairs a word, in the bytes row g at
 //           k, row g + 8 at k, row g at k + 1, row g + 8 at k + 1; the second word begins at k + 2
-// int4_e4m3 is for wgmma of e4m3: its pieces lie in the order of the lanes, 16 lane, and word 2 s + h of piece u is
-// that of k = 64 u + 32 s + 16 h + 4 t: in byte i the neighbour k + i, of row g in the low half and of row g + 8 in the
-// high one. A weight w of -8 to 7 is 2 w, or where that is negative -2 w - 1: bit 0 is the sign. Then the scales of the
-// unit, relative to the rows' factors:
+// int4_e4m3 is in the order of wgmma of e4m3: its pieces lie in the order of the lanes, 16 lane, and word 2 s + h of
+// piece u is that of k = 64 u + 32 s + 16 h + 4 t: in byte i the neighbour k + i, of row g in the low half and of row
+// g + 8 in the high one. A weight w of -8 to 7 is 2 w, or where that is negative -2 w - 1: bit 0 is the sign. Then the
+// scales of the unit, relative to the rows' factors:
 //   int4, int4_e4m3: for every group of 128 (64, 32) neighbours fp16 [8 of g][row g, row g + 8]; behind them all, with
 //   zero
 //           points, for every group uint8 [8][2] in the same order
@@ -57,5 +57,6 @@ void weight_only_int4(const WeightOnlyParams& p, const TokenSides& sides, void* 
 void weight_only_int4_zeros(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 void weight_only_byte(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 void weight_only_fp4(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
+void weight_only_int4_e4m3(const WeightOnlyParams& p, const TokenSides& sides, void* stream);
 
 }  // namespace fastkernels

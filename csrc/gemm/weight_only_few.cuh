@@ -1,6 +1,8 @@
-// out = x W^T + bias for up to 8 tokens, with W in 4 or 8 bits and x as it is, at the speed of reading W.
+// out = x W^T + bias for up to 8 tokens, with W in 4 or 8 bits and x as it is, or of int4 in e4m3, at the speed of
+// reading W.
 //
-//   x [num_tokens, K]   W in units of 16 rows x 128 (weight_only.h)   bias [N]   out [num_tokens, N]   bf16 | fp16
+//   x [num_tokens, K] bf16 | fp16, or e4m3 with x_scales [num_tokens]   W in units of 16 rows x 128 (weight_only.h)
+//   bias [N]   out [num_tokens, N]   bf16 | fp16
 //
 // A block of up to 16 warps owns whole tiles of 16 rows, as many as there are for every SM, and all of K, or half of
 // it, which it shares with the other block of its cluster. A chunk of 128 along K belongs to one warp: it reads x once,
@@ -29,6 +31,7 @@
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/cp_async_4.cuh"
 #include "common/ptx/load_16.cuh"
+#include "common/ptx/load_4_8.cuh"
 #include "common/ptx/pdl.cuh"
 #include "common/ptx/prefetch.cuh"
 #include "common/reduce.cuh"
@@ -83,13 +86,17 @@ __device__ __forceinline__ int row_in_tile(int index) {
 template <typename F>
 constexpr int kFewUnitBytes = F::kPieces * 512 + F::kScaleBytes;
 
+// Of x in e4m3, that a block keeps.
+template <typename Product>
+constexpr int kFewTokenScales = kTakesE4m3<typename Product::Format> ? Product::kTokens : 0;
+
 // Product has
-//   Element, Format
+//   Element, of x and out or, where x is e4m3, of out; Format
 //   kTokens: at most
 //   kEarly: whether the next kernel's blocks may come at once, or when W is read
 //   kLaneTokens: of them, whose sums a lane has: token t * kLaneTokens + e, rows g and g + 8
 //   slot_bytes: what a warp needs for x of a chunk
-//   put: 16 bytes a lane, of two tokens, half a warp each, to the slot
+//   put: 8 neighbours a lane, of two tokens, half a warp each, to the slot
 //   load: what a lane needs of the slot
 //   multiply: a unit; adds to the lane's sums
 template <typename Product, int kSlots>
@@ -102,11 +109,11 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     extern __shared__ __align__(16) char shared[];
     const WeightOnlyParams& p = args.p;
     const TokenSides& sides = args.sides;
-    const void* const norm = sides.norm.weight;
+    const void* const norm = kTakesE4m3<F> ? nullptr : sides.norm.weight;
     const int gated = sides.gated ? 1 : 0;
     const int warps = static_cast<int>(blockDim.x) / 32, lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // known to be the same in all lanes
-    const int g = lane / 4, t = lane % 4, my_piece = piece_of_lane(g, t);
+    const int g = lane / 4, t = lane % 4, my_piece = own_piece<F>(lane);
     const int in_size = static_cast<int>(p.in_size), num_tokens = static_cast<int>(p.num_tokens);
 
     // This block's tiles of 16 rows, and its chunks of K, of which this warp has every warps-th.
@@ -126,7 +133,8 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
     const int tile_floats = num_tokens * kUnitRows, warp_floats = group_tiles * tile_floats;
     float* factors = sums + warps * warp_floats;                         // [my_tiles][16]
     float* squares = factors + ((args.tiles + 1) << gated) * kUnitRows;  // [warps], of x
-    float* kept = squares + kFewWarps;  // [my_tiles][token][8 of g][2], where a cluster shares K
+    float* token_scales = squares + kFewWarps;                           // of x in e4m3
+    float* kept = token_scales + kFewTokenScales<Product>;  // [my_tiles][token][8 of g][2], where a cluster shares K
 
     // --- Fetching, unit by unit: tiles of a group, my chunks, groups -------------------------------------------------
     const int tile_stride = all_chunks * kUnitBytes, chunk_stride = warps * kUnitBytes;
@@ -206,12 +214,20 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
             const int token = i * 2 + lane / 16;
             coming[i] = uint4{};
             if (k < in_size && token < num_tokens) {
-                coming[i] = load_16_here(static_cast<const T*>(p.x) + (token * token_stride + k));
+                if constexpr (kTakesE4m3<F>) {
+                    const uint2 bytes = load_8_here(static_cast<const uint8_t*>(p.x) + (token * token_stride + k));
+                    coming[i] = {bytes.x, bytes.y, 0, 0};
+                } else {
+                    coming[i] = load_16_here(static_cast<const T*>(p.x) + (token * token_stride + k));
+                }
             }
         }
     };
     if (my_chunks > 0) {
         load_x(0);
+    }
+    if (kTakesE4m3<F> && threadIdx.x < num_tokens) {
+        token_scales[threadIdx.x] = p.x_scales[threadIdx.x];
     }
 
     // --- What stands before the product, and what it is added to -----------------------------------------------------
@@ -255,7 +271,11 @@ __global__ void __launch_bounds__(kFewWarps * 32, 1) weight_only_few_kernel(cons
             return;
         }
         const auto product = [&](float sum, int of_weight) {
-            const float y = sum * (factors[of_weight * kUnitRows + row] * (Product::kLeftOut * behind_product));
+            float factor = factors[of_weight * kUnitRows + row] * (Product::kLeftOut * behind_product);
+            if constexpr (kTakesE4m3<F>) {
+                factor *= token_scales[token];
+            }
+            const float y = sum * factor;
             return p.bias == nullptr ? y : y + to_float(static_cast<const T*>(p.bias)[row_of(of_weight) + row]);
         };
         float y = product(sum_of(index + (gated ? tile * kUnitRows : 0)), tile << gated);
@@ -396,7 +416,7 @@ bool launch_few(const WeightOnlyParams& p, const TokenSides& sides, int splits, 
     const int tile_bytes = tokens * kUnitRows * 4 * parts;
     const int others = warps * (kSlots * kFewUnitBytes<typename Product::Format> + Product::slot_bytes(tokens)) +
                        (num_tiles / clusters + 1) * parts * kUnitRows * 4 + kFewWarps * 4 +
-                       (splits > 1 ? tiles * tile_bytes : 0);
+                       kFewTokenScales<Product> * 4 + (splits > 1 ? tiles * tile_bytes : 0);
     const int fit = std::min(std::max(limit - others, 0) / (warps * tile_bytes), tiles);
     if (fit == 0 || (!grouped && fit < tiles)) {
         return false;

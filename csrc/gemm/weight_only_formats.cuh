@@ -14,7 +14,7 @@
 namespace fastkernels {
 namespace {
 
-// Where in 512 bytes the 16 of lane 4 g + t are.
+// Where in 512 bytes the 16 of lane 4 g + t are, but of formats for e4m3.
 FK_HOST_DEVICE int piece_of_lane(int g, int t) {
     return (g * 4 + (t ^ g / 2)) * 16;
 }
@@ -53,6 +53,16 @@ FK_HOST_DEVICE Word word_at(const char* p) {
 //   prepare, unpack: for mma.sync, one of the two operands of a step of 32
 //   load_half, unpack_operand: for wgmma, what makes the four of 64 neighbours, and one of them
 //   scale: of the sums of rows g and g + 8, of a group
+// and, where x is e4m3, kForE4m3.
+template <typename F>
+inline constexpr bool kTakesE4m3 = requires { F::kForE4m3; };
+
+// Where in a piece of 512 bytes a lane's 16 are.
+template <typename F>
+FK_HOST_DEVICE int own_piece(int lane) {
+    return kTakesE4m3<F> ? lane * 16 : piece_of_lane(lane / 4, lane % 4);
+}
+
 template <int kGroup, bool kZeros>
 struct Int4 {
     static constexpr int kPieces = 2;
@@ -106,6 +116,29 @@ struct Int4 {
     }
     FK_HOST_DEVICE static float2 scale(const char* scales, int group, int g) {
         return __half22float2(word_at<__half2>(scales + group * 32 + g * 4));
+    }
+};
+
+// int4_e4m3 for mma.sync of fp16, which bytes of x become. A word of a piece is an operand, of pairs k, k + 2 and
+// k + 1, k + 3 as to_halves leaves those of x. In fp16 the bits 0 to 16 are 0 to 16 times 2^-24, so 2 w is that of
+// 2^-23 w, and of a negative w the code 2 (-w - 1) + 1 is made -2 w, with the sign, by adding 0x8001.
+template <int kGroup>
+struct Int4OfBytes : Int4<kGroup, false> {
+    static constexpr bool kForE4m3 = true;
+    template <typename T>
+    static constexpr float kLeftOut = 8388608.0f;
+
+    template <typename T>
+    FK_HOST_DEVICE static void prepare(uint32_t (&)[2], const char*, int, int, int) {
+    }
+    template <typename T>
+    FK_HOST_DEVICE static void unpack(const uint4& piece, int step, int j, const uint32_t (&)[2], uint32_t (&a)[4]) {
+        const uint32_t first = j == 0 ? piece.x : piece.y, second = j == 0 ? piece.z : piece.w;
+        const uint32_t word = step % 2 == 0 ? first : second;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            a[i] = (word >> 4 * i & 0x00010001u) * 0x8001u + (word >> 4 * i & 0x000f000fu);
+        }
     }
 };
 

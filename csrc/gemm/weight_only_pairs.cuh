@@ -1,8 +1,9 @@
-// A Product of weight_only_few.cuh: weights become pairs of x's dtype, exactly, and tokens are B as they are, 8 of them
-// (mma.sync m16n8k16, fp32 sums).
+// Products of weight_only_few.cuh: weights become pairs of x's dtype, exactly, and tokens are B as they are, 8 of them
+// (mma.sync m16n8k16, fp32 sums). Where x is e4m3, both become fp16.
 #pragma once
 
 #include "common/ptx/mma.cuh"
+#include "common/ptx/mma_bytes.cuh"
 #include "gemm/weight_only_formats.cuh"
 
 namespace fastkernels {
@@ -11,6 +12,14 @@ namespace {
 // The words of a piece, by an index that is known when it is compiled.
 __device__ __forceinline__ uint32_t word_of(const uint4& piece, int index) {
     return index == 0 ? piece.x : index == 1 ? piece.y : index == 2 ? piece.z : piece.w;
+}
+
+// Twice 4 neighbours in e4m3 as fp16: of each word bytes 0 and 2, then 1 and 3, which are b0 and b1 of a product.
+__device__ __forceinline__ uint4 pairs_of_bytes(uint32_t first, uint32_t second) {
+    uint4 pairs;
+    to_halves<__nv_fp8_e4m3>(first, pairs.x, pairs.y);
+    to_halves<__nv_fp8_e4m3>(second, pairs.z, pairs.w);
+    return pairs;
 }
 
 template <typename T, typename F>
@@ -83,6 +92,23 @@ struct Pairs {
         }
         sum[0] = {all[0], all[2]};
         sum[1] = {all[1], all[3]};
+    }
+};
+
+// x in e4m3, which becomes fp16 on its way to the slot. Out: type of out.
+template <typename Out, typename F>
+struct PairsOfBytes : Pairs<fp16, F> {
+    using Element = Out;
+
+    // A lane has the words 2 of_k and 2 of_k + 1 along K: of step of_k / 4, those of two lanes t, for the same product.
+    __device__ __forceinline__ static void put(char* slot, const uint4& x, int token, int of_k, int num_tokens) {
+        if (token < num_tokens) {
+            const uint4 pairs = pairs_of_bytes(x.x, x.y);
+            const int piece = of_k / 4 * 4 + of_k % 2 * 2;
+            char* to = slot + token * kUnitSize * 2 + (piece ^ token % 2 * 4) * 16 + of_k / 2 % 2 * 8;
+            *reinterpret_cast<uint2*>(to) = {pairs.x, pairs.y};
+            *reinterpret_cast<uint2*>(to + 16) = {pairs.z, pairs.w};
+        }
     }
 };
 

@@ -37,7 +37,7 @@ void run_weight_only(const WeightOnlyParams& p, const TokenSides& sides, void* s
             return launch_few<Digits<T, Digit>>(p, sides, splits, room, stream);
         }
     }
-    launch_few<Pairs<T, F>>(p, sides, splits, room, stream);
+    launch_few<std::conditional_t<kTakesE4m3<F>, PairsOfBytes<T, F>, Pairs<T, F>>>(p, sides, splits, room, stream);
 }
 
 template <typename F, typename Digit = void>

@@ -39,10 +39,6 @@ struct Int4E4m3 {
     }
 };
 
-// Whether a format's products are of e4m3.
-template <typename F>
-inline constexpr bool kTakesE4m3 = requires { F::kForE4m3; };
-
 template <typename F>
 FK_HOST_DEVICE InOrder order_of(int lane) {
     if constexpr (kTakesE4m3<F>) {

@@ -205,6 +205,7 @@ def test_tactics_of_repacked_weights():
     assert numbers(129, HOPPER) == numbers(8192, HOPPER) == [0, *tiles[9:]]
     assert numbers(8192, HOPPER, "int8") == numbers(8192, HOPPER, "int4-e4m3-g64") == [0, *tiles[9:12]]
     assert numbers(1, HOPPER, "int4-e4m3-g128") == [0, *tiles[:3]]
+    assert numbers(1, AMPERE, "int4-e4m3-g128") == numbers(8192, AMPERE, "int4-e4m3-g128") == [1]
 
 
 def test_products_of_a_plan():

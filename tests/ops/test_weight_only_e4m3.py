@@ -11,9 +11,9 @@ from fastkernels.ops.weight_only import has_tile, packed_shape
 from tests.conftest import CUDA_REASON
 from tests.tolerances import assert_as_good_as_torch, assert_similar, poisoned
 
-on_hopper = pytest.mark.skipif(
-    CUDA_REASON is not None or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+on_cuda = pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
+IS_HOPPER = CUDA_REASON is None and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
 
 # name -> size of a group (None: a row), dtype of scales
 FORMATS: dict[str, tuple[int | None, torch.dtype]] = {
@@ -24,11 +24,13 @@ FORMATS: dict[str, tuple[int | None, torch.dtype]] = {
     "int4-e4m3-channel": (None, torch.float32),
 }
 DTYPES = [torch.bfloat16, torch.float16]
-TOKENS = [0, 1, 3, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257, 1000]
+TOKENS = [0, 1, 3, 8, 9, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257, 1000]
 SIZES = [(1, 128), (17, 256), (40, 1024), (129, 2304), (80, 384)]  # out_size, in_size
 TAILS = [(33, 16), (16, 208), (50, 1168)]  # of a scale a row
 MANY_ROWS = (9000, 512)  # more tiles than a block takes at once
+MORE_ROWS = (40000, 256)  # the same of 8 tokens
 TACTICS = range(ops.WEIGHT_ONLY_FEW_TACTICS + 1, ops.WEIGHT_ONLY_TACTICS + 1)
+SHARED_TACTICS = range(1, TACTICS[0])  # of the kernels that all GPUs have
 
 
 def weight_of(name: str, out_size: int, in_size: int) -> dict[str, Any]:
@@ -134,13 +136,22 @@ def check(name: str, tokens: list[int], out_size: int, in_size: int, dtype: torc
         assert torch.equal(out, again), "two runs differ"
 
 
-@on_hopper
+@on_cuda
+@pytest.mark.parametrize("tactic", [0, *SHARED_TACTICS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_matches_reference_on_cuda(name, dtype):
+def test_matches_reference_on_cuda(name, dtype, tactic):
     for out_size, in_size in SIZES + TAILS:
         if takes(name, in_size):
-            check(name, TOKENS, out_size, in_size, dtype, 0)
+            check(name, TOKENS, out_size, in_size, dtype, tactic)
+
+
+@on_cuda
+@pytest.mark.parametrize("tactic", SHARED_TACTICS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_on_cuda(name, tactic):
+    check(name, [1, 5, 16, 17, 33, 129], *MANY_ROWS, torch.bfloat16, tactic)
+    check(name, [8], *MORE_ROWS, torch.bfloat16, tactic)
 
 
 @on_hopper
@@ -161,7 +172,7 @@ def test_whole_rounds_and_what_is_left_on_cuda(tactic):
     check("int4-e4m3-g128", [1300], 4000, 256, torch.float16, tactic)
 
 
-@on_hopper
+@on_cuda
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_long_sums_on_cuda(mean):
     """wgmma adds up 128 neighbours with about 14 bits; a mean makes the sums grow."""
@@ -171,58 +182,89 @@ def test_long_sums_on_cuda(mean):
     x, x_scales = reference.quantize(torch.randn(300, 16384) + mean, "token", dtype=torch.float8_e4m3fn)
     exact = expected(x, x_scales, given, torch.float64)
     weight = repack(given, "cuda")
-    for tactic in (9, 12, 15):
+    for tactic in (*SHARED_TACTICS, *((9, 12, 15) if IS_HOPPER else ())):
         out = poisoned(300, 256, dtype=torch.float16, device="cuda")
         ops.weight_only_linear(x.cuda(), weight, x_scales=x_scales.cuda(), tactic=tactic, out=out)
         assert_similar(out.cpu(), exact, 1e-6)
 
 
-@on_hopper
+@on_cuda
 def test_every_code_on_cuda():
     """x picks one element of each row, so that the result is the weight itself, rounded once."""
     given = weight_of("int4-e4m3-g32", 32, 256)
     weight = repack(given, "cuda")
     x, ones = torch.eye(256).to(torch.float8_e4m3fn).cuda(), torch.ones(256, device="cuda")
-    for tactic in (0, 3, 12):
+    for tactic in (0, *SHARED_TACTICS, *((3, 12) if IS_HOPPER else ())):
         y = ops.weight_only_linear(x, weight, x_scales=ones, tactic=tactic)
         exact = reference.dequantize_weight(**given).t()
         torch.testing.assert_close(y.cpu().double(), exact, rtol=4e-3, atol=1e-7)
 
 
-@on_hopper
-@pytest.mark.parametrize("tactic", [3, 6, 9, 12, 15])
+@on_cuda
+@pytest.mark.parametrize("tactic", [0, *SHARED_TACTICS])
+def test_every_byte_of_x_on_cuda(tactic):
+    """Each row of the weight is 1 at one element of x and 0 elsewhere, so that the result is x itself."""
+    codes = torch.full((256, 256), 8, dtype=torch.uint8).fill_diagonal_(9)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    scales = torch.ones(256, 2, dtype=torch.bfloat16)
+    weight = repack({"weight": packed, "scales": scales, "weight_type": "int4", "block": (1, 128)}, "cuda")
+    all_bytes = torch.arange(256).to(torch.uint8)
+    finite = torch.where(all_bytes & 127 == 127, 0, all_bytes)
+    for count in (7, 19):
+        x = torch.stack([finite.roll(token) for token in range(count)]).view(torch.float8_e4m3fn).cuda()
+        ones = torch.ones(count, device="cuda")
+        out = poisoned(count, 256, dtype=torch.float16, device="cuda")
+        ops.weight_only_linear(x, weight, x_scales=ones, tactic=tactic, out=out)
+        assert torch.equal(out, x.half())
+        spoilt = x.view(torch.uint8).clone()
+        spoilt[3, 77], spoilt[5, 200] = 127, 255
+        y = ops.weight_only_linear(spoilt.view(x.dtype), weight, x_scales=ones, tactic=tactic)
+        rest = [token for token in range(count) if token not in (3, 5)]
+        assert y[[3, 5]].isnan().all() and torch.equal(y[rest].half(), x[rest].half())
+
+
+@on_cuda
+@pytest.mark.parametrize("tactic", [*SHARED_TACTICS, *((3, 6, 9, 12, 15) if IS_HOPPER else ())])
 def test_a_token_does_not_depend_on_the_others_on_cuda(tactic):
     weight = repack(weight_of("int4-e4m3-g128", 70, 1024), "cuda")
     x, x_scales = (one.cuda() for one in bytes_of(16, 1024))
-    together = ops.weight_only_linear(x, weight, x_scales=x_scales, tactic=tactic)
-    for first, last in ((0, 1), (3, 8), (0, 16), (9, 16)):
-        scales = x_scales[first:last].clone()
-        some = ops.weight_only_linear(x[first:last], weight, x_scales=scales, tactic=tactic)
-        assert torch.equal(some, together[first:last])
+    # Tokens of a product -> parts of them that it multiplies in the same way
+    ranges = {16: ((0, 1), (3, 8), (0, 16), (9, 16))}
+    if tactic in SHARED_TACTICS:
+        ranges = {8: ((0, 1), (3, 8)), 16: ((0, 9), (6, 16))}
+    for count, parts in ranges.items():
+        scales = x_scales[:count].clone()
+        together = ops.weight_only_linear(x[:count], weight, x_scales=scales, tactic=tactic)
+        for first, last in parts:
+            scales = x_scales[first:last].clone()
+            some = ops.weight_only_linear(x[first:last], weight, x_scales=scales, tactic=tactic)
+            assert torch.equal(some, together[first:last])
 
 
-@on_hopper
-@pytest.mark.parametrize("num_tokens", [9, 70, 300])
-def test_nan_and_strided_operands_on_cuda(num_tokens):
-    weight = repack(weight_of("int4-e4m3-g128", 40, 256), "cuda")
-    x, x_scales = (one.cuda() for one in bytes_of(num_tokens, 256))
+@on_cuda
+@pytest.mark.parametrize("name, in_size", [("int4-e4m3-g128", 256), ("int4-e4m3-channel", 208)])
+@pytest.mark.parametrize("tactic", [0, *SHARED_TACTICS])
+@pytest.mark.parametrize("num_tokens", [6, 9, 70, 300])
+def test_nan_and_strided_operands_on_cuda(num_tokens, tactic, name, in_size):
+    weight = repack(weight_of(name, 40, in_size), "cuda")
+    x, x_scales = (one.cuda() for one in bytes_of(num_tokens, in_size))
     wide_x = torch.full((num_tokens, 512), 0x7F, dtype=torch.uint8, device="cuda")
-    wide_x[:, 64:320] = x.view(torch.uint8)
-    part = wide_x.view(x.dtype)[:, 64:320]
-    sound = ops.weight_only_linear(x, weight, x_scales=x_scales)
+    wide_x[:, 64 : 64 + in_size] = x.view(torch.uint8)
+    part = wide_x.view(x.dtype)[:, 64 : 64 + in_size]
+    sound = ops.weight_only_linear(x, weight, x_scales=x_scales, tactic=tactic)
     for before in (8, 7):  # rows of out on 16 bytes, and not
         wide_out = poisoned(num_tokens, 64, dtype=torch.bfloat16, device="cuda")
         ours = wide_out[:, before : before + 40]
-        ops.weight_only_linear(part, weight, x_scales=x_scales, out=ours)
+        ops.weight_only_linear(part, weight, x_scales=x_scales, tactic=tactic, out=ours)
         assert torch.equal(ours, sound)
         assert wide_out[:, :before].isnan().all() and wide_out[:, before + 40 :].isnan().all()
     x_scales[4] = float("nan")
-    spoilt = ops.weight_only_linear(x, weight, x_scales=x_scales)
+    spoilt = ops.weight_only_linear(x, weight, x_scales=x_scales, tactic=tactic)
     rest = [token for token in range(num_tokens) if token != 4]
     assert spoilt[4].isnan().all() and torch.equal(spoilt[rest], sound[rest])
 
 
-@on_hopper
+@on_cuda
 def test_quantized_linear_on_cuda_rounds_and_repacks():
     given = weight_of("int4-e4m3-g128", 40, 512)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
@@ -234,7 +276,7 @@ def test_quantized_linear_on_cuda_rounds_and_repacks():
     assert_similar(by_hand.cpu(), on_cpu, 1e-5)
 
 
-@on_hopper
+@on_cuda
 def test_permutation_on_cuda():
     given = weight_of("int4-e4m3-g128", 40, 512)
     permutation = torch.randperm(512)
@@ -246,7 +288,7 @@ def test_permutation_on_cuda():
     assert torch.equal(ops.weight_only_linear(x.cuda(), ordered, x_scales=x_scales.cuda()), plain)
 
 
-@on_hopper
+@on_cuda
 def test_graph_and_opcheck_on_cuda():
     weight = repack(weight_of("int4-e4m3-g128", 40, 512), "cuda")
     x, x_scales = (one.cuda() for one in bytes_of(5, 512))
@@ -266,7 +308,7 @@ def test_graph_and_opcheck_on_cuda():
     )
 
 
-@on_hopper
+@on_cuda
 def test_refuses_what_it_does_not_take_on_cuda():
     weight = repack(weight_of("int4-e4m3-g128", 24, 256), "cuda")
     x, x_scales = (one.cuda() for one in bytes_of(3, 256))
@@ -280,7 +322,7 @@ def test_refuses_what_it_does_not_take_on_cuda():
     refused(r"x_scales has shape \[2\], but the op takes \[num_tokens\]", x_scales=x_scales[:2])
     refused("x_scales is bf16, but the op takes fp32", x_scales=x_scales.bfloat16())
     refused("out is fp32, but the op takes bf16, fp16", out=torch.empty(3, 24, device="cuda"))
-    refused("are for Hopper GPUs .*, and tactics from 3 on", tactic=1)
     small = repack(weight_of("int4-e4m3-g64", 24, 256), "cuda")
-    with pytest.raises((ValueError, RuntimeError), match="tactic is 15, tiles of 256 tokens, which this"):
+    why = "tactic is 15, tiles of 256 tokens, which this" if IS_HOPPER else "are for Hopper GPUs"
+    with pytest.raises((ValueError, RuntimeError), match=why):
         ops.weight_only_linear(x, small, x_scales=x_scales, tactic=15)

@@ -223,17 +223,14 @@ def test_an_engine_gives_the_logits_of_quantization(folders, monkeypatch, device
 def test_schemes_of_stored_weights_by_gpu_and_size():
     for capability in (HOPPER, AMPERE):
         for name in SCHEMES:
-            if name != "int4-fp8" or capability == HOPPER:
-                assert (
-                    stored_on_cuda(name, 256, 128, capability) == f"{name}@cuda" == on_cuda(name, capability)
-                )
+            assert stored_on_cuda(name, 256, 128, capability) == f"{name}@cuda" == on_cuda(name, capability)
         for name in NAMES:
             assert stored_on_cuda(name, 252, 128, capability) == f"{name}-weight@cuda"
     for name in ("int8", "int8-zeros"):
         assert stored_on_cuda(name, 256, 72, HOPPER) == "int8-weight@cuda"
     assert stored_on_cuda("int8-zeros", 256, 1 << 17, HOPPER) == "int8-weight@cuda"
     assert stored_on_cuda("int4-g32-zeros-fp16", 252, 96, AMPERE) == "int4-g32-zeros-fp16@cuda"
-    assert stored_on_cuda("int4-g64-fp16-fp8", 252, 128, AMPERE) == "int4-g64-fp16@cuda"
+    assert stored_on_cuda("int4-g64-fp16-fp8", 252, 128, AMPERE) == "int4-g64-fp16-fp8@cuda"
     assert stored_on_cuda("int4-channel-fp8", 252, 72, HOPPER) == "int4-channel@cuda"
 
 

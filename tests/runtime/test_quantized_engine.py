@@ -416,18 +416,14 @@ def test_a_gpus_plan_does_not_run_on_the_cpu():
 
 
 def test_schemes_by_compute_capability(demo, monkeypatch):
-    for name in ("fp8", "fp8-block", "int8", "int8-zeros", "int4-g32"):
-        for capability in ((8, 0), (8, 9), (9, 0)):
+    for name in ("fp8", "fp8-block", "int8", "int8-zeros", "int4-g32", "int4-g64-fp8"):
+        for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
             assert on_cuda(name, capability) == on_cuda(f"{name}@cuda", capability) == f"{name}@cuda"
         with pytest.raises(
             QuantizationError,
             match=r"quantised weights are for GPUs of compute capability 8\.0 and later; this one has 7\.5",
         ):
             on_cuda(name, (7, 5))
-    assert on_cuda("int4-g64-fp8", (9, 0)) == "int4-g64-fp8@cuda"
-    for capability in ((8, 9), (10, 0)):
-        with pytest.raises(QuantizationError, match=r"int4-fp8 is for Hopper GPUs.*there is int4, the same"):
-            on_cuda("int4-fp8", capability)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     options = EngineConfig(quantization="int4", head_quantization="fp8")
     with pytest.raises(QuantizationError, match=r"this one has 7\.0"):

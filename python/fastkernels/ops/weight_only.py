@@ -136,7 +136,7 @@ def repack_for_cuda(
 ) -> RepackedWeight:
     """The weight in the order that the GPU's kernel streams it; arguments as ``quantized_linear`` takes them.
 
-    activation: None, or "e4m3" with int4 without zeros: for x in e4m3 with a scale a token, on Hopper
+    activation: None, or "e4m3" with int4 without zeros: for x in e4m3 with a scale a token
     permutation: int64 [in_size]: column i of the weight is for column permutation[i] of x (activation order)
     Every value stays what it is, but scales of groups of int4 are rounded to 11 bits (those in bf16 and fp16
     have no more), and to multiples of 2^-25 of the row's largest; MXFP4 blocks below 2^-244 of the row's
@@ -193,23 +193,23 @@ def weight_only_linear(
 
     x:      [num_tokens, in_size] bf16 | fp16; last dimension contiguous, rows begin on 16 bytes, in_size a
             multiple of 8 up to 131072. Of a weight repacked for "e4m3": float8_e4m3fn, in_size a multiple of
-            16, on Hopper GPUs
+            16
     x_scales: of e4m3: fp32 [num_tokens], contiguous, as ``quantize`` per token gives them; x is x * x_scales
     weight: of ``repack_for_cuda``; with a permutation x is gathered first, by torch
     bias:   [out_size], dtype of out, or None
-    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how many blocks share K in the kernel for few
-            tokens, not of e4m3, then WEIGHT_ONLY_TILES; all but 1 are Hopper's. Tiles of 256 tokens are for
+    tactic: 0: chosen by shape; 1 to WEIGHT_ONLY_TACTICS: how many blocks share K in the kernels for few
+            tokens, then WEIGHT_ONLY_TILES; all but 1 are Hopper's. Tiles of 256 tokens are for
             formats that ``has_tile`` names, and of them int4 with x as it is multiplies weights by their
             scales before the product, rounded to the dtype of x
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first units are then read while the kernel before this one ends
     out:    [num_tokens, out_size], dtype of x, or with e4m3 bf16 | fp16; last dimension contiguous; allocated
             when None, with e4m3 in the dtype of bias, or bf16
-    Returns out. Weights are exact in registers but as said above, sums in fp32, of e4m3 with about 14 bits
-    within a group, rounded once; up to 4 tokens times int4 or int8 x is rounded to 16 bits of the largest of
-    128 neighbours, and to NaN where that is not finite; bitwise repeatable; with a given tactic a token's
-    result does not depend on the others, as long as there are 1 to 4, 5 to 8, 9 to 16, 17 to 32 or more
-    (few), or no more than fill a tile; safe in a CUDA graph.
+    Returns out. Weights are exact in registers but as said above, sums in fp32, of e4m3 in tiles with about
+    14 bits within a group, rounded once; up to 4 tokens times int4 or int8 x, as it is, is rounded to 16 bits
+    of the largest of 128 neighbours, and to NaN where that is not finite; bitwise repeatable; with a given
+    tactic a token's result does not depend on the others, as long as there are 1 to 4, 5 to 8 (of e4m3 1 to
+    8), 9 to 16, 17 to 32 or more (few), or no more than fill a tile; safe in a CUDA graph.
     Raises ValueError for a shape, dtype, stride, alignment or device it does not take, naming what it does.
     Kernels: csrc/gemm/weight_only_few.cuh, weight_only.cuh, weight_only_sm90.cuh
     """

@@ -43,8 +43,6 @@ __all__ = [
     "stored_on_cuda",
 ]
 
-_HOPPER = (9, 0)
-
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "fp8": Fp8,
     "fp8-block": Fp8Block,
@@ -80,20 +78,14 @@ def find_scheme(name: str) -> Scheme:
 def on_cuda(name: str, capability: tuple[int, int]) -> str:
     """The name of the scheme ``name`` as an engine on a GPU of this compute capability holds it.
 
-    Raises QuantizationError for one that has no kernel there, naming those that have.
+    Raises QuantizationError for a GPU that has no kernels of them.
     """
     name = name.removesuffix(SUFFIX)
-    scheme = find_scheme(name)
+    find_scheme(name)  # raises where there is none
     if capability < (8, 0):
         raise QuantizationError(
             f"quantised weights are for GPUs of compute capability 8.0 and later; this one has "
             f"{capability[0]}.{capability[1]}"
-        )
-    if scheme.hopper_only and capability != _HOPPER:
-        raise QuantizationError(
-            f"{name} is for Hopper GPUs, of compute capability 9.0; this one has "
-            f"{capability[0]}.{capability[1]}, for which there is {scheme.unrounded}, "
-            "the same weights with activations as they are"
         )
     return name + SUFFIX
 
@@ -105,9 +97,7 @@ def stored_on_cuda(name: str, out_size: int, in_size: int, capability: tuple[int
     less exact: "fp8-weight@cuda" for "fp8".
     """
     scheme = find_scheme(name)
-    if scheme.hopper_only and capability != _HOPPER:
-        scheme = find_scheme(scheme.unrounded)
-    rounded = on_cuda(scheme.name, capability)
+    rounded = on_cuda(name, capability)
     if scheme.activation is None:
         return rounded
     try:

@@ -16,7 +16,6 @@ class Int4Fp8(Int4):
     """The parts of int4 without zero points; activations as ``ops.quantize(per="token", dtype=e4m3)``."""
 
     activation: ClassVar[Activation | None] = "e4m3"
-    hopper_only: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, name: str) -> Int4Fp8 | None:

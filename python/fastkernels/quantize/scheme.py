@@ -41,12 +41,10 @@ class Scheme(ABC):
     scales:       [ceil(out_size / rows), ceil(in_size / size)], where rows x size is ``block(in_size)``
     zeros, global_scale: where the scheme has them
     activation:   what activations are rounded to before the product
-    hopper_only:  on a GPU, its kernel is for compute capability 9.0 alone
     """
 
     weight_type: ClassVar[WeightType]
     activation: ClassVar[Activation | None] = None
-    hopper_only: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -187,10 +187,10 @@ def _with(plain: Tactic, tactics: list[Tactic]) -> list[Tactic]:
 
 
 def _weight_only_tactics(weight: str, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
-    """Of the kernel for few tokens all, and of the other the smallest tile that holds the tokens; for more
-    than 128 the two largest."""
+    """Of the kernels for few tokens all, but not on Hopper with x in e4m3, and of the other the smallest tile
+    that holds the tokens; for more than 128 the two largest."""
     count = ops.WEIGHT_ONLY_FEW_TACTICS if capability >= HOPPER else 1  # clusters are Hopper's
-    numbers = [] if takes_e4m3(weight) else list(range(1, count + 1))
+    numbers = [] if takes_e4m3(weight) and capability == HOPPER else list(range(1, count + 1))
     if capability == HOPPER:
         if num_tokens > 32:
             numbers = []
