@@ -148,16 +148,16 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
                    : 0.0f;
     }
 
-    // x is A: D's rows are tokens. kPlain: no residual, nor bytes. That is code of its own, since what is run once a
-    // tile comes from memory, and takes the longer the more of it there is. A panel of 64 rows of 64 columns at a time,
-    // one being filled while TMA reads the other.
-    template <bool kPlain>
+    // x is A: D's rows are tokens. kPlain: no residual, nor bytes. kZeros: zero points. What does without is code of
+    // its own, since what is run once a tile comes from memory, and takes the longer the more of it there is. A panel
+    // of 64 rows of 64 columns at a time, one being filled while TMA reads the other.
+    template <bool kPlain, bool kZeros>
     __device__ __forceinline__ void store_rows(const Sum (&sum)[kSums], int token, int row) {
         // begin: the warp's first row. Kept here, so that nothing made of them is kept ready through the product.
         const int l = static_cast<int>(keep(lane)), begin = static_cast<int>(keep(warp)) * 16;
         float token_scale[2], inverse = 1.0f;
-        const Sum zero[2] = {matmul_token_zero<T>(args, token + begin + l / 4),
-                             matmul_token_zero<T>(args, token + begin + l / 4 + 8)};
+        const Sum zero[2] = {kZeros ? matmul_token_zero<T>(args, token + begin + l / 4) : 0,
+                             kZeros ? matmul_token_zero<T>(args, token + begin + l / 4 + 8) : 0};
 #pragma unroll
         for (int pass = 0; pass < kN / 64; ++pass) {
             const uint32_t panel = shared_address(shared.out[keep(group)]) + pass % 2 * Shape::kPanelBytes;
@@ -330,11 +330,12 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
         y[1] *= a * inverse * up[1];
     }
 
+    template <bool kZeros>
     __device__ __forceinline__ void store_gated_rows(const Sum (&sum)[kSums], int token, int row) {
         const int l = static_cast<int>(keep(lane)), begin = static_cast<int>(keep(warp)) * 16;
         const int g = l / 4, t = l % 4;
-        const Sum zero[2] = {matmul_token_zero<T>(args, token + begin + g),
-                             matmul_token_zero<T>(args, token + begin + g + 8)};
+        const Sum zero[2] = {kZeros ? matmul_token_zero<T>(args, token + begin + g) : 0,
+                             kZeros ? matmul_token_zero<T>(args, token + begin + g + 8) : 0};
         float token_scale[2], inverse = 1.0f;
 #pragma unroll
         for (int pass = 0; pass < kN / 64; ++pass) {
@@ -458,18 +459,25 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
         }
     }
 
+    template <bool kZeros>
+    __device__ __forceinline__ void store_tile(const Sum (&sum)[kSums], int row, int column) {
+        if constexpr (kTokensAreA) {
+            args.gated   ? store_gated_rows<kZeros>(sum, row, column)
+            : args.plain ? store_rows<true, kZeros>(sum, row, column)
+                         : store_rows<false, kZeros>(sum, row, column);
+        } else {
+            args.gated   ? store_gated_columns(sum, column, row)
+            : args.plain ? store_columns<true>(sum, column, row)
+                         : store_columns<false>(sum, column, row);
+        }
+    }
+
     __device__ __forceinline__ void store(const Sum (&sum)[kSums], const MatmulPlace& place) {
         const int row = first_row(place), column = place.b * kN;
-        if (args.gated) {
-            if constexpr (kTokensAreA) {
-                store_gated_rows(sum, row, column);
-            } else {
-                store_gated_columns(sum, column, row);
-            }
-        } else if constexpr (kTokensAreA) {
-            args.plain ? store_rows<true>(sum, row, column) : store_rows<false>(sum, row, column);
+        if constexpr (kTokensAreA && std::is_same_v<T, int8_t>) {
+            args.token_zeros == nullptr ? store_tile<false>(sum, row, column) : store_tile<true>(sum, row, column);
         } else {
-            args.plain ? store_columns<true>(sum, column, row) : store_columns<false>(sum, column, row);
+            store_tile<false>(sum, row, column);
         }
     }
 

@@ -403,8 +403,6 @@ def test_gates_in_products_give_the_same_logits(scheme):
             params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
             outputs = llm.generate(prompts, params)
             assert [len(output.token_ids) for output in outputs] == [8] * len(prompts)
-            again = llm.generate(prompts, params)
-            assert [output.token_ids for output in again] == [output.token_ids for output in outputs]
             return [llm.logits(prompt) for prompt in prompts]
 
     for one, other in zip(logits(), logits("gated_linear", "gated_matmul"), strict=True):

@@ -141,7 +141,7 @@ enum class PackedFormat : int8_t {
     e4m3_block,
     nvfp4,
     mxfp4,
-    int4_e4m3_g128,  // for x in e4m3, on Hopper; the others are for x as it is
+    int4_e4m3_g128,  // for x in e4m3; the others are for x as it is
     int4_e4m3_g64,
     int4_e4m3_g32,
 };
