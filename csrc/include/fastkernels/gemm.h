@@ -55,7 +55,7 @@ struct MatmulParams {
     MatmulScales scales;
     DType dtype, bias_dtype, out_dtype;  // of x and weight, which is e4m3 where x is e5m2; of bias and residual, bf16
                                          // or fp16; of out, the same, or with an out_scale e4m3 or int8
-    int tactic;  // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
+    int tactic;                          // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
 constexpr int64_t weight_rows(const MatmulParams& p) {
