@@ -1,5 +1,7 @@
 """Which kernel a product of a GPU's plan is bound to. No GPU: meta tensors have none of its memory either."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -159,7 +161,7 @@ def test_misaligned_rows_are_torchs():
 
 def test_a_gated_product():
     """One kernel where the product is streamed, whatever says so; else two, by way of the second output."""
-    product = Product("linear", "bf16", BF16, 2 * OUT, IN)
+    product = Product("linear", "bf16", BF16, 2 * OUT, IN, gated=True)
 
     def bound(num_tokens: int, choices: Choices = BY_RULE, misaligned: bool = False):
         x = torch.empty(num_tokens, IN + 4, dtype=BF16, device="meta")[:, 4:]
@@ -197,13 +199,13 @@ def test_a_gated_product():
     for arguments, tactic in (
         ((40, only(product, 48, Tactic("matmul", 11), HOPPER)), 11),
         ((40, Choices(capability=HOPPER)), -1),
+        ((500, Choices(capability=HOPPER)), -1),
     ):
         call, x, weight, out, _ = bound(*arguments)
         assert call.func is _fk.matmul.default
         assert call.args[:2] == (x, weight) and call.args[2:9] == (None,) * 7
         assert call.args[9:12] == (True, True, tactic) and call.args[13] is out
     assert bound(8, Choices(capability=HOPPER))[0].func is _fk.linear_silu_mul.default
-    assert bound(65, Choices(capability=HOPPER))[0].args[0].func is _aten.mm.out
 
 
 GATED = {  # scheme -> rows of a scale of x, and of the weight
@@ -220,7 +222,7 @@ def test_a_gated_product_that_leaves_bytes(scheme):
     of_token, of_weight = GATED[scheme]
     per, out_scales = ("block", (OUT // 128,)) if of_token else ("token", ())
     weight = {"fp8@cuda": "e4m3", "int8@cuda": "int8", "fp8-block@cuda": "e4m3-block"}[scheme]
-    product = Product("matmul", weight, BF16, 2 * OUT, IN)
+    product = Product("matmul", weight, BF16, 2 * OUT, IN, gated=True)
 
     def bound(num_tokens: int, choices: Choices):
         def empty(*shape: int, dtype: torch.dtype = byte) -> torch.Tensor:
@@ -240,8 +242,10 @@ def test_a_gated_product_that_leaves_bytes(scheme):
     for num_tokens, choices in (
         (40, BY_RULE),
         (8, Choices(capability=HOPPER)),
-        (40, only(product, 48, Tactic("matmul", LINEAR_TACTIC), HOPPER)),
-        (40, Choices(capability=(8, 0))),
+        (64, Choices(capability=HOPPER)),
+        (40, only(product, 48, Tactic("matmul", 9), HOPPER)),
+        (100, only(product, 128, Tactic("matmul", LINEAR_TACTIC), HOPPER)),
+        (100, Choices(capability=(8, 0))),
     ):
         first, second, (out, scales, room) = bound(num_tokens, choices)
         assert first.func is _fk.matmul.default and first.args[10] is False and first.args[13] is room
@@ -249,12 +253,12 @@ def test_a_gated_product_that_leaves_bytes(scheme):
         assert second.args == (room, KINDS[per], out, scales)
     for choices, tactic in (
         (Choices(capability=HOPPER), -1),
-        (only(product, 48, Tactic("matmul", 9), HOPPER), 9),
+        (only(product, 128, Tactic("matmul", 9), HOPPER), 9),
     ):
-        first, second, (out, scales, room) = bound(40, choices)
+        first, second, (out, scales, room) = bound(100, choices)
         act = first.args[13]
         assert first.args[10] is True and first.args[11] == tactic
-        assert act.shape == (40, OUT) and act.is_contiguous() and act.dtype == BF16
+        assert act.shape == (100, OUT) and act.is_contiguous() and act.dtype == BF16
         assert act._base is room and act.storage_offset() == 0
         assert second.func is _fk.quantize.default and second.args == (act, KINDS[per], out, scales)
 
@@ -382,10 +386,12 @@ def test_the_timer(product):
     capability = torch.cuda.get_device_capability()
     timer = CudaTimer(device)
     large = Product(product.op, product.weight, BF16, 4 * OUT, 8 * IN)
-    for num_tokens in (512, 64, 1):
-        for tactic in tactics_of(large, num_tokens, capability):
-            assert 0.5 < timer(large, num_tokens, tactic) < 1000
-    x, out = timer._x[0], timer._out
+    gates = product.op == "linear" or product.weight in ("int8", "e4m3-block")
+    for one in (replace(large, gated=True), large) if gates else (large,):
+        for num_tokens in (512, 64, 1):
+            for tactic in tactics_of(one, num_tokens, capability):
+                assert 0.5 < timer(one, num_tokens, tactic) < 1000
+    x, out = timer._x[0], timer._outputs[0]
     if product.op == "linear":
         expected = reference.linear(x[:1].double(), timer._weights[-1][0].double())
         assert (out[:1] - expected).norm() <= 0.02 * expected.norm()

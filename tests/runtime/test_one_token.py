@@ -28,7 +28,9 @@ PRODUCTS = {"matmul": "token_linear", "quantized_linear": "token_weight_only_lin
 
 
 def fused(plan):
-    return for_one_token(plan, plan.steps[: plan.head_start], lambda step: step.op in PRODUCTS)
+    return for_one_token(
+        plan, plan.steps[: plan.head_start], lambda step: step.op in (*PRODUCTS, "matmul_silu_mul_quant")
+    )
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -101,13 +101,11 @@ def for_one_token(plan: Plan, steps: Sequence[Step], streams: Callable[[Step], b
 
 def _apart(step: Step, streams: Callable[[Step], bool]) -> Sequence[Step]:
     """A gated product as the two steps that it stands for, if the first streams; any other step as it is."""
-    if step.op != "matmul_silu_mul_quant":
+    if step.op != "matmul_silu_mul_quant" or not streams(step):
         return (step,)
     out, scales, gate_up = step.outputs
     others = {name: value for name, value in step.attributes.items() if name != "per"}
     product = Step("matmul", step.inputs, (gate_up,), others)
-    if not streams(product):
-        return (step,)
     return product, Step("silu_mul_quant", (gate_up,), (out, scales), {"per": step.attributes["per"]})
 
 

@@ -73,6 +73,8 @@ class Product:
     weight: what the weight is: its dtype, the activation of ``matmul`` that goes with it, or the packed
             format of ``weight_only_linear``
     dtype:  of the result
+    gated:  the rows of the weight are a gate's, then up's, and the step gives silu(gate) * up, as bytes where
+            the product takes bytes: its time is that of all the step's kernels
     """
 
     op: str
@@ -81,11 +83,13 @@ class Product:
     out_size: int
     in_size: int
     has_bias: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
         result = "" if self.op == "linear" else f" {dtype_name(self.dtype)}"
         bias = " bias" if self.has_bias else ""
-        return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}"
+        gated = " gated" if self.gated else ""
+        return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}{gated}"
 
 
 PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul", "matmul_silu_mul_quant")
@@ -94,13 +98,14 @@ PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul", "mat
 
 def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
     """The product that a step on a GPU computes. dtype: the model's."""
+    gated = step.op in ("linear_silu_mul", "matmul_silu_mul_quant")
     if step.op in ("linear", "linear_silu_mul"):
-        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3)
+        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3, gated)
     scheme = find_scheme(str(step.attributes["scheme"]))
     if step.op in ("matmul", "matmul_silu_mul_quant") and isinstance(scheme, Rounded):
         weight = str(scheme.scheme.activation)
         with_bias = 7 if weight == WITH_ZEROS else 5
-        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
+        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias, gated)
     if step.op == "quantized_linear" and isinstance(scheme, Repacked):
         weight = scheme.packed_format(out_size, in_size)
         with_bias = 4 if scheme.rounding is None else 5
@@ -123,7 +128,11 @@ def products_of(
 
 
 def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) -> Tactic:
-    """What is taken where nothing was timed on a GPU of this compute capability; None: not known."""
+    """What is taken where nothing was timed on a GPU of this compute capability; None: not known.
+
+    With 16 bits and more tokens than Hopper's tiles for few take, cuBLAS is as fast as ``matmul`` but for the
+    gate, which costs it a kernel more (docs/kernels/gemm.md).
+    """
     if product.op == "matmul":
         # -1 is this one too; by its name the tuner knows its time.
         return Tactic("matmul", LINEAR_TACTIC if _streams_bytes(product, num_tokens) else -1)
@@ -131,14 +140,22 @@ def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) 
         return Tactic("weight_only_linear", 0)
     if _streams(product, num_tokens):
         return STREAM
-    few = 0 < num_tokens <= MOST_FEW_TOKENS and _has_hopper_matmul(product, capability)
-    return Tactic("matmul", -1) if few else TORCH
+    if not _has_hopper_matmul(product, capability):
+        return TORCH
+    own = Tactic("matmul", -1)
+    return own if num_tokens <= MOST_FEW_TOKENS or gates(product, own, num_tokens, capability) else TORCH
 
 
 def gates(product: Product, tactic: Tactic, num_tokens: int, capability: tuple[int, int] | None) -> bool:
-    """Whether a product with the rows of a gate and up, by this tactic and for so many tokens, computes
-    silu(gate) * up in its epilogue; else a kernel behind it does."""
-    if tactic.kernel != "matmul" or tactic.number is None or capability != HOPPER:
+    """Whether a gated product, by this tactic and for so many tokens, computes silu(gate) * up in the
+    epilogue of ``matmul``; else a kernel behind it does.
+
+    That kernel makes bytes at once, for which an epilogue needs a ``quantize`` behind it: of few tokens that
+    takes as long or longer (docs/kernels/gemm.md).
+    """
+    if not product.gated or tactic.kernel != "matmul" or tactic.number is None or capability != HOPPER:
+        return False
+    if product.op == "matmul" and num_tokens <= MOST_FEW_TOKENS:
         return False
     rows, number = 16, tactic.number  # of gate and up
     if product.weight == "e4m3-block":
