@@ -4,7 +4,7 @@
 
 The third output of the new node is what ``matmul`` gave: room, for the projection where the activation is the
 second kernel, and else for the values that the first one leaves gated and the second makes bytes of
-(``runtime/bind.py``). A projection with a bias keeps its kernels.
+(``compiler/tune/calls.py``). A projection with a bias keeps its kernels.
 """
 
 from __future__ import annotations
