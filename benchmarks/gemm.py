@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import gemm_peers
+from benchmarks import gemm_gated, gemm_peers
 from benchmarks.harness import Call, Case, Row, run_cases
 from benchmarks.peers import vllm_name, vllm_ops
 from benchmarks.shapes import Shapes, shapes_for, tokens_label
 from fastkernels import ops
-from fastkernels.ops import reference
 from fastkernels.ops.gemm import FIRST_SM80_TACTIC, matmul, matmul_workspace
 from fastkernels.ops.quantized_gemm import round_to
 from fastkernels.quantize import Repacked, find_scheme
@@ -35,13 +34,6 @@ WEIGHT_ONLY = ("int4", "int4-fp8", "int4-zeros", "int8-weight", "nvfp4", "mxfp4"
 class Inputs(NamedTuple):
     x: torch.Tensor  # [num_tokens, in_size]
     weight: torch.Tensor  # [out_size, in_size]
-    out: torch.Tensor  # [num_tokens, out_size]
-
-
-class GatedInputs(NamedTuple):
-    x: torch.Tensor  # [num_tokens, in_size]
-    weight: torch.Tensor  # [2 * out_size, in_size], gate's rows, then up's
-    both: torch.Tensor  # [num_tokens, 2 * out_size], for peers of two kernels
     out: torch.Tensor  # [num_tokens, out_size]
 
 
@@ -84,7 +76,7 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for num_tokens in (1, most) if quick or is_hopper else (1, 8, most):
         for name, (out_size, in_size) in _products(shapes).items():
             yield _case(name, num_tokens, out_size, in_size, shapes.dtype, device)
-        yield _gated_case(num_tokens, shapes, device)
+        yield gemm_gated.gated_case(num_tokens, shapes, device)
     if is_hopper:
         workspace = matmul_workspace(device)
         for kind, tokens in _TOKENS.items():
@@ -93,6 +85,7 @@ def _cases(device: torch.device, quick: bool) -> Iterator[Case]:
                     yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace)
         for kind in ("fp8", "fp8 block"):
             yield _matmul_case(kind, "deepseek", 4096, 7168, 16384, device, workspace)
+        yield from gemm_gated.cases(shapes, device, workspace, quick)
     if device.type != "cuda":
         return
     yield from _cases_of_any_gpu(shapes, device, is_hopper, quick)
@@ -117,8 +110,7 @@ def _cases_of_any_gpu(shapes: Shapes, device: torch.device, is_hopper: bool, qui
                 tiles = math.ceil(num_tokens / 128) * math.ceil(out_size / 128)
                 tactic = FIRST_SM80_TACTIC + (tiles < num_sms) if is_hopper else -1
                 yield _matmul_case(kind, name, num_tokens, out_size, in_size, device, workspace, tactic)
-    of_any_gpu = [scheme for scheme in WEIGHT_ONLY if find_scheme(scheme).activation is None]
-    for scheme in of_any_gpu[:1] if quick else of_any_gpu:  # for one token Hopper's rule has it too
+    for scheme in WEIGHT_ONLY[:1] if quick else WEIGHT_ONLY:  # for one token Hopper's rule has it too
         yield _weight_only_case(scheme, "gate_up", 64, *products["gate_up"], shapes.dtype, device, tactic=1)
 
 
@@ -141,36 +133,6 @@ def _case(
         num_bytes=num_elements * dtype.itemsize,
         flops=2 * num_tokens * out_size * in_size,
         peers={"torch mm": lambda i: lambda: torch.mm(i.x, i.weight.t(), out=i.out)},
-    )
-
-
-def _gated_case(num_tokens: int, shapes: Shapes, device: torch.device) -> Case:
-    out_size, in_size, dtype = shapes.intermediate_size, shapes.hidden_size, shapes.dtype
-
-    def make() -> GatedInputs:
-        x = torch.randn(num_tokens, in_size, dtype=dtype, device=device)
-        weight = torch.randn(2 * out_size, in_size, dtype=dtype, device=device) * in_size**-0.5
-        return GatedInputs(
-            x, weight, x.new_empty(num_tokens, 2 * out_size), x.new_empty(num_tokens, out_size)
-        )
-
-    def by_torch(i: GatedInputs) -> Call:
-        return lambda: ops.silu_mul(torch.mm(i.x, i.weight.t(), out=i.both), out=i.out)
-
-    def by_two(i: GatedInputs) -> Call:
-        return lambda: ops.silu_mul(ops.linear(i.x, i.weight, constant_weight=True, out=i.both), out=i.out)
-
-    num_elements = 2 * out_size * in_size + num_tokens * (in_size + out_size)
-    return Case(
-        "linear_silu_mul",
-        f"gate_up {2 * out_size} x {in_size}, {tokens_label(num_tokens)}",
-        dtype,
-        make=make,
-        ours=lambda i: lambda: ops.linear_silu_mul(i.x, i.weight, constant_weight=True, out=i.out),
-        expect=lambda i: reference.silu_mul(i.x.float() @ i.weight.float().t()),
-        num_bytes=num_elements * dtype.itemsize,
-        flops=4 * num_tokens * out_size * in_size,
-        peers={"torch mm, our silu_mul": by_torch, "our linear, our silu_mul": by_two},
     )
 
 

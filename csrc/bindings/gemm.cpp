@@ -74,7 +74,7 @@ ScaleType scale_type_of(const Tensor& scales) {
 // What the rows of an int8 weight add up to.
 const int32_t* sums_of(const char* op, const Tensor& sums, int64_t rows) {
     check(sums.scalar_type() == torch::headeronly::ScalarType::Int && sums.numel() == rows && sums.is_contiguous(), op,
-          ": weight_sums must be contiguous int32 [out_size], with a gate [2 * out_size]");
+          ": weight_sums must be contiguous int32, one a row of weight");
     return static_cast<const int32_t*>(in(sums));
 }
 
@@ -176,6 +176,9 @@ void set_epilogue(MatmulParams& p, const std::optional<Tensor>& bias, const std:
     check(!residual || (residual->dim() == 2 && residual->size(0) == p.num_tokens && residual->size(1) == p.out_size &&
                         (residual->stride(1) == 1 || p.out_size == 1)),
           "matmul: residual must be [num_tokens, out_size], its last dimension contiguous");
+    check(y.stride(1) == 1 || p.out_size == 1, "matmul: the last dimension of out must be contiguous");
+    check(!residual || in(*residual) != in(y) || (!out_scale && residual->stride(0) == y.stride(0)),
+          "matmul: residual in the memory of out must lie as out does");
     p.bias = bias ? in(*bias) : nullptr;
     p.residual = residual ? in(*residual) : nullptr;
     p.residual_token_stride = residual ? residual->stride(0) : 0;

@@ -1,7 +1,10 @@
-// out = x weight^T + bias of bytes with scales, for any number of tokens, on GPUs from sm_80 on: cp.async and mma.sync.
+// out = x weight^T + bias + residual of bytes with scales, for any number of tokens, on GPUs from sm_80 on: cp.async
+// and mma.sync.
 //
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
-//   T, of x: int8 | e4m3 | e5m2; weight: int8 | e4m3; out and bias: bf16 | fp16; K whole 16 bytes
+//   T, of x: int8 | e4m3 | e5m2; weight: int8 | e4m3; K whole 16 bytes
+//   out, bias and residual, which is as out: bf16 | fp16; out with a scale, by which it is divided: e4m3 | int8
+//   gated: weight [2 N, K], a gate's rows, then up's, and out = silu(x gate^T) * (x up^T)
 //
 // A block owns kSize tokens x kSize rows of the weight and all of K, in chunks of 128 bytes that pass through a ring in
 // shared memory; what lies past the edges is zeros. A warp owns kSize / 2 tokens x 32 rows. Its 32 columns are not

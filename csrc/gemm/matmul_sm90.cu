@@ -100,7 +100,7 @@ int few_tactic(const MatmulParams& p, int sms) {
 
 // A tactic that adds fp8 up in 14 bits is only taken when it is asked for.
 int default_tactic(const MatmulParams& p, int sms) {
-    if (p.num_tokens <= 8 && fits_linear_bytes(p)) {
+    if (fits_linear_bytes(p)) {
         return kLinearTactic;
     }
     if (const int few = few_tactic(p, sms); few >= 0) {
@@ -141,7 +141,6 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
     const int64_t element_bytes = static_cast<int64_t>(size_bytes(p.dtype));
     const int64_t x_stride = row_stride_bytes(p.num_tokens, p.in_size, p.x_token_stride, element_bytes);
     const int64_t weight_stride = row_stride_bytes(weight_rows(p), p.in_size, p.weight_row_stride, element_bytes);
-    const bool plain = is_plain(p);
     const int64_t out_stride =
         row_stride_bytes(p.num_tokens, p.out_size, p.out_token_stride, static_cast<int64_t>(size_bytes(p.out_dtype)));
     check((x_stride | weight_stride | out_stride) % 16 == 0 && reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0,
@@ -235,7 +234,7 @@ void matmul_sm90(const MatmulParams& p, void* stream) {
         .constant_weight = p.constant_weight,
         .is_fp16 = is_fp16,
         .gated = p.gated,
-        .plain = plain,
+        .plain = is_plain(p),
         // A small product is over before loads of the next one help it, and they would delay its own.
         .launch_late = weight_rows(p) * p.in_size * element_bytes < kLateBytes,
     };

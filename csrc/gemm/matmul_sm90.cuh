@@ -1,7 +1,10 @@
-// out = x weight^T + bias on Hopper: TMA, wgmma, one block an SM that goes from tile to tile.
+// out = x weight^T + bias + residual on Hopper: TMA, wgmma, one block an SM that goes from tile to tile.
 //
 //   x [num_tokens, K]   weight [N, K]   bias [N]   out [num_tokens, N]
-//   T, of x and weight: bf16 | fp16 | e4m3 | int8, or of x e5m2 where the weight is e4m3; out and bias: bf16 | fp16
+//   T, of x and weight: bf16 | fp16 | e4m3 | int8, or of x e5m2 where the weight is e4m3; out, bias and residual, which
+//   is as out: bf16 | fp16; out with a scale, by which it is divided: e4m3 | int8
+//   gated: weight [2 N, K], a gate's rows, then up's, and out = silu(x gate^T) * (x up^T). TMA reads eights of both in
+//   turn, so that a lane has the sums of both for the same columns of out.
 //
 // A tile is 128 rows of A for each block of the cluster, times kN rows of B. For many tokens A is x and B the weight;
 // for few of them A is the weight and B the tokens, so that no row of the tensor core's 64 goes to waste. K is cut into

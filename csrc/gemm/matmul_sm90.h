@@ -66,7 +66,7 @@ struct MatmulArgs {
     // [num_tokens, out_size] in boxes of 64 elements, gated 32, and 64 tokens, or columns tokens where x is B
     CUtensorMap out_map;
     MatmulSchedule schedule;
-    void* out;  // of few tokens, with a residual or of bytes without a gate: stored without TMA
+    void* out;  // of few tokens, which are stored without TMA, and its stride
     int64_t out_token_stride, residual_token_stride;
     const void* bias;            // [out_size] bf16 or fp16, or null
     const void* residual;        // [num_tokens, out_size] of the same type, or null

@@ -320,14 +320,18 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
     // A lane has the gate and up of the same places, eights of rows of which take turns. Panels of 32 columns of out:
     // 64 bytes, swizzled, or of bytes 32.
 
-    // Of two gates at once: a reciprocal costs as much as eight other instructions. Where one is below -43, the
-    // products stay finite, and what is left of silu is below 2^-56.
+    // Of two gates at once: a reciprocal costs as much as eight other instructions. Below -43 silu is that of -43, 43 *
+    // 2^-62, so that the product of both stays finite; what is no number stays none.
     static __device__ __forceinline__ void gate_pair(float (&y)[2], const float (&up)[2]) {
-        const float a = 1.0f + exp2_approx(fminf(y[0] * -1.44269504f, 62.0f)),
-                    b = 1.0f + exp2_approx(fminf(y[1] * -1.44269504f, 62.0f));
-        const float inverse = rcp_approx(a * b);
-        y[0] *= b * inverse * up[0];
-        y[1] *= a * inverse * up[1];
+        float one_and[2];  // 1 + e^-y
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            y[i] = y[i] < -43.0f ? -43.0f : y[i];
+            one_and[i] = 1.0f + exp2_approx(y[i] * -1.44269504f);
+        }
+        const float inverse = rcp_approx(one_and[0] * one_and[1]);
+        y[0] *= one_and[1] * inverse * up[0];
+        y[1] *= one_and[0] * inverse * up[1];
     }
 
     template <bool kZeros>

@@ -1,4 +1,5 @@
-// out = x weight^T + bias on Hopper for up to 64 tokens and few rows of the weight: a cluster shares a tile along K.
+// out = x weight^T + bias + residual on Hopper for up to 64 tokens and few rows of the weight: a cluster shares a tile
+// along K.
 //
 //   Operands and types: matmul_sm90.cuh. A is the weight, B the tokens.
 //
@@ -48,7 +49,8 @@ struct MatmulFewShared {
     alignas(1024) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];  // A, then B
     alignas(16) unsigned char parts[Shape::kPartsInRing ? 16 : Shape::kPartBytes];
     alignas(16) float chunk_scales[std::max(1, Shape::kSlots* Shape::kChunkScales)];
-    alignas(16) float tile_scales[std::max(1, Shape::kTileScales)];  // of tokens, then of this block's rows of out
+    alignas(16) float tile_scales[std::max(1, Shape::kTileScales)];  // of tokens, then of the weight's rows that this
+                                                                     // block finishes
     uint64_t full[Shape::kSlots], empty[Shape::kSlots];              // in this order
     uint64_t arrived;                                                // the parts
 };

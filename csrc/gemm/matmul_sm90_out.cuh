@@ -1,4 +1,5 @@
-// What the ends of matmul_sm90's two kernels share: sums as bits, the bias, pairs of out.
+// What the ends of matmul_sm90's two kernels share: sums as bits, where rows of the weight lie, what is added to a sum,
+// out as pairs and as bytes.
 #pragma once
 
 #include "common/convert.cuh"

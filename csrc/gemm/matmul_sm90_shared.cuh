@@ -16,7 +16,7 @@ struct MatmulShape {
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kElements = 128 / static_cast<int>(sizeof(T));  // of a chunk
     static constexpr int kABytes = kMatmulRows * 128, kBBytes = kN * 128, kSlotBytes = kABytes + kBBytes;
-    // Of out, as a warpgroup hands it to TMA: panels of 64 elements, two in turn.
+    // Of out, as a warpgroup hands it to TMA: panels of 64 elements, of a gate 32, two in turn.
     static constexpr int kPanels = kTokensAreA ? 2 : 1;
     static constexpr int kPanelBytes = (kTokensAreA ? 64 : kN) * 128;
     static constexpr int kOutBytes = kConsumers * kPanels * kPanelBytes;

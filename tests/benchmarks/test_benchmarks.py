@@ -9,10 +9,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import activation, engine, gemm, norm, render, sampling
+from benchmarks import activation, engine, gemm, gemm_gated, norm, render, sampling
 from benchmarks.__main__ import main
 from benchmarks.harness import Case, Ceilings, ResultError, ceilings, close, floor, run_cases
 from benchmarks.report import Report, Row
+from benchmarks.shapes import shapes_for
 from fastkernels import ops
 
 CPU = torch.device("cpu")
@@ -110,6 +111,27 @@ def test_cases_of_a_gpu_have_names_of_their_own(monkeypatch) -> None:
     names = [(case.subject, case.name) for case in cases]
     assert len(set(names)) == len(names) > 200
     assert all(case.num_bytes > 0 for case in cases)
+
+
+def test_what_follows_a_gate_is_compared(monkeypatch) -> None:
+    """With products of the CPU: ours and the peers give what is expected, and a gate less does not."""
+
+    def product(op, x, weight, x_scales, weight_scales, *rest, gated=False, out_scale=None):
+        y = (x.float() * x_scales[:, None]) @ (weight.float() * weight_scales[:, None]).t()
+        y = ops.silu_mul(y) if gated else y
+        out = rest[-1]
+        out.copy_(y if out_scale is None else ops.quantize(y, per="tensor", scales=out_scale)[0])
+
+    monkeypatch.setattr(gemm_gated, "matmul", product)
+    shapes = shapes_for(CPU, quick=True)
+    for per in ("token", "tensor"):
+        case = gemm_gated._byte_case(per, 48, shapes, CPU, torch.empty(0))
+        given = case.make()
+        expected = case.expect(given)
+        for contender in (case.ours, *case.peers.values()):
+            case.compare(contender(given)(), expected, "bf16")
+        with pytest.raises(ResultError, match="off by"):
+            case.compare(case.ours(given)(), expected.roll(1, 1), "bf16")
 
 
 def test_engines_are_those_the_schemes_make() -> None:

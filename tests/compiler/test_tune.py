@@ -30,10 +30,11 @@ from fastkernels.compiler.tune import (
     tactics_of,
     tune,
 )
-from fastkernels.compiler.tune.calls import random_weight, random_x
+from fastkernels.compiler.tune.calls import empty_outputs, random_weight, random_x
 from fastkernels.compiler.tune.timer import CudaTimer, num_copies, rounds
 from fastkernels.config import ConfigError, cache_folder, tune_mode
 from fastkernels.models.presets import PRESETS
+from fastkernels.ops import reference
 from fastkernels.ops.gemm import (
     LINEAR_TACTIC,
     MATMUL_FEW_TILES,
@@ -48,6 +49,7 @@ BF16 = torch.bfloat16
 QKV = Product("linear", "bf16", BF16, 6144, 4096)
 FP8 = Product("matmul", "e4m3", BF16, 6144, 4096)
 INT4 = Product("quantized_linear", "int4-g128", BF16, 6144, 4096)
+GATED = Product("linear", "bf16", BF16, 28672, 4096, gated=True)
 PRODUCTS = {QKV: 512, FP8: 512, INT4: 64}
 
 
@@ -106,19 +108,13 @@ def test_tiles_of_repacked_weights_are_those_of_the_kernel():
 
 
 def test_which_products_gate():
-    """The tactics of matmul on Hopper but the stream, where gate and up are whole tiles."""
-    by_tile, stream = Tactic("matmul", 9), Tactic("matmul", LINEAR_TACTIC)
-    for product in (QKV, FP8, replace(FP8, weight="e4m3-block")):
-        assert gates(product, by_tile, 64, HOPPER) and gates(product, Tactic("matmul", -1), 64, HOPPER)
-        assert not gates(product, by_tile, 64, AMPERE) and not gates(product, by_tile, 64, None)
-        for tactic in (stream, TORCH, STREAM):
-            assert not gates(product, tactic, 4, HOPPER)
-    for number in (4, 5):
-        assert gates(FP8, Tactic("matmul", number), 512, HOPPER)
-        assert not gates(replace(FP8, weight="e4m3-block"), Tactic("matmul", number), 512, HOPPER)
-    assert not gates(replace(QKV, out_size=24), by_tile, 64, HOPPER)
-    assert gates(replace(FP8, out_size=48), by_tile, 64, HOPPER)
-    assert not gates(replace(FP8, out_size=384, weight="e4m3-block"), by_tile, 64, HOPPER)
+    """The tactics of matmul on Hopper, where gate and up are whole tiles."""
+    by_tile = Tactic("matmul", 9)
+    assert gates(GATED, by_tile, HOPPER) and gates(GATED, Tactic("matmul", -1), HOPPER)
+    assert not gates(GATED, by_tile, AMPERE) and not gates(GATED, by_tile, None)
+    assert not gates(replace(GATED, gated=False), by_tile, HOPPER)
+    assert not gates(GATED, TORCH, HOPPER) and not gates(GATED, STREAM, HOPPER)
+    assert not gates(replace(GATED, out_size=24), by_tile, HOPPER)
 
 
 def test_buckets():
@@ -152,6 +148,18 @@ def test_tactics_of_16_bit_weights(num_tokens):
     assert tactics_of(QKV, num_tokens, AMPERE) == plain
     assert rule(QKV, num_tokens, AMPERE) == plain[-1]
     assert rule(QKV, num_tokens, HOPPER) == (Tactic("matmul", -1) if by_tile else plain[-1])
+
+
+@pytest.mark.parametrize("num_tokens", BUCKETS)
+def test_tactics_of_a_gate_of_16_bits(num_tokens):
+    """They are those of the same product without, but by rule Hopper's kernel has the gate of many tokens."""
+    plain = rule(replace(GATED, gated=False), num_tokens, HOPPER)
+    own = Tactic("matmul", -1)
+    assert rule(GATED, num_tokens, HOPPER) == (STREAM if num_tokens <= 8 else own)
+    assert rule(GATED, num_tokens, AMPERE) == (STREAM if num_tokens <= 8 else TORCH)
+    assert rule(replace(GATED, out_size=24), num_tokens, HOPPER) == plain, "the epilogue has no such gate"
+    others = tactics_of(replace(GATED, gated=False), num_tokens, HOPPER)
+    assert set(tactics_of(GATED, num_tokens, HOPPER)) == {rule(GATED, num_tokens, HOPPER), *others}
 
 
 def test_what_the_kernels_do_not_take_is_no_tactic():
@@ -218,7 +226,9 @@ def test_products_of_a_plan():
         found = products_of(compile_model(config, **schemes), BF16, **sizes)
         return {str(product): count for product, count in found.items()}
 
-    assert names() == dict(zip([f"linear bf16 {shape}" for shape in shapes], rows, strict=True))
+    gates = ["", "", " gated", "", ""]
+    named = [f"{shape}{gate}" for shape, gate in zip(shapes, gates, strict=True)]
+    assert names() == dict(zip([f"linear bf16 {name}" for name in named], rows, strict=True))
     fp8 = names(quantization="fp8@cuda", head_quantization="int4-g32-zeros@cuda")
     expected = [f"matmul e4m3 bf16 {shape}" for shape in shapes[:4]]
     assert fp8 == dict(
@@ -417,9 +427,44 @@ def test_calls_of_torch_and_linear(tactic, has_bias):
     product = Product("linear", "bf16", BF16, 24, 40, has_bias)
     x, weights = random_x(product, 5, torch.device("cpu")), random_weight(product, torch.device("cpu"))
     out = torch.full((5, 24), torch.nan, dtype=BF16)
-    call_of(product, tactic, [*x, *weights], out, None)()
+    call_of(product, tactic, [*x, *weights], [out], None)()
     expected = x[0].double() @ weights[0].double().t() + (weights[1].double() if has_bias else 0)
     assert (out - expected).abs().max() <= 0.02 * expected.abs().max()
+    if not has_bias:
+        gated = torch.full((5, 12), torch.nan, dtype=BF16)
+        call_of(replace(product, gated=True), tactic, [*x, *weights], [gated, out], None)()
+        expected = reference.silu_mul(expected)
+        assert (gated - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def names_of(call) -> list[str]:
+    """The kernels of a call, in their order."""
+    calls = call.args if callable(call.args[0]) else (call,)
+    return [
+        (one.func.overloadpacket if hasattr(one.func, "overloadpacket") else one.func).__name__
+        for one in calls
+    ]
+
+
+def test_all_kernels_of_a_gated_step_are_timed():
+    product = Product("linear", "bf16", BF16, 512, 256, gated=True)
+    cpu, workspace = torch.device("cpu"), torch.zeros(16, dtype=torch.uint8)
+    inputs = [*random_x(product, 128, cpu), *random_weight(product, cpu)]
+    outputs = empty_outputs(product, 128, cpu)
+    assert [tuple(output.shape) for output in outputs] == [(128, 256), (128, 512)]
+
+    def kernels(tactic: Tactic, capability: tuple[int, int]) -> list[str]:
+        call = call_of(product, tactic, inputs, outputs, workspace, capability=capability)
+        if tactic.kernel == "matmul":  # its arguments pass the library's checks
+            with pytest.raises(ValueError, match="no kernel for the CPU"):
+                call()
+        return names_of(call)
+
+    own = Tactic("matmul", -1)
+    assert kernels(STREAM, HOPPER) == ["linear_silu_mul"]
+    assert kernels(TORCH, HOPPER) == ["mm", "silu_mul"]
+    assert kernels(own, HOPPER) == ["matmul"]
+    assert kernels(own, AMPERE) == ["matmul", "silu_mul"]
 
 
 @pytest.mark.parametrize(
@@ -448,16 +493,12 @@ def test_calls_of_the_gpus_kernels(product):
     for tactic in (*tactics, rule(product, 24, HOPPER)):
         if tactic != TORCH:
             with pytest.raises(ValueError, match=r"no kernel for the CPU|runs on CUDA only"):
-                call_of(product, tactic, [*(part[:24] for part in x), *weights], out, workspace)()
-        if tactic.kernel == "matmul" and not product.has_bias:
-            half, given = out[:, : product.out_size // 2], [*(part[:24] for part in x), *weights]
-            with pytest.raises(ValueError, match="no kernel for the CPU"):
-                call_of(product, tactic, given, half, workspace, gated=True)()
+                call_of(product, tactic, [*(part[:24] for part in x), *weights], [out], workspace)()
 
 
 def test_a_matmul_without_workspace_is_refused():
     with pytest.raises(ValueError, match="no call of the tactic matmul 3"):
-        call_of(FP8, Tactic("matmul", 3), [torch.empty(1)] * 4, torch.empty(1), None)
+        call_of(FP8, Tactic("matmul", 3), [torch.empty(1)] * 4, [torch.empty(1)], None)
 
 
 def test_copies_pass_the_cache_and_replays_last():
@@ -531,6 +572,7 @@ def test_the_timer_with_a_gpu_that_is_made_up(monkeypatch):
     for product in (
         Product("linear", "bf16", BF16, 512, 1024),
         Product("linear", "bf16", BF16, 512, 256, has_bias=True),
+        Product("linear", "bf16", BF16, 512, 256, gated=True),
     ):
         weight_bytes = product.out_size * (product.in_size + product.has_bias) * 2
         copies = num_copies(weight_bytes, 1 << 20)
@@ -538,11 +580,14 @@ def test_the_timer_with_a_gpu_that_is_made_up(monkeypatch):
             for tactic in tactics_of(product, num_tokens, AMPERE):
                 calls = copies * rounds(product, num_tokens, weight_bytes, copies)
                 assert timer(product, num_tokens, tactic) == pytest.approx(100 / calls)
-            assert len(timer._weights) == copies and len(timer._out) == max(32, num_tokens)
+            assert len(timer._weights) == copies
+            assert {len(output) for output in timer._outputs} == {max(32, num_tokens)}
             expected = timer._x[0][:num_tokens].double() @ timer._weights[-1][0].double().t()
             if product.has_bias:
                 expected += timer._weights[-1][1]
-            assert (timer._out[:num_tokens] - expected).norm() <= 0.01 * expected.norm()
+            if product.gated:
+                expected = reference.silu_mul(expected)
+            assert (timer._outputs[0][:num_tokens] - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_a_full_tune_of_llama_8b_is_small():

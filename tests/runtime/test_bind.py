@@ -1,5 +1,7 @@
 """Which kernel a product of a GPU's plan is bound to. No GPU: meta tensors have none of its memory either."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,8 +23,6 @@ from fastkernels.compiler.tune.timer import CudaTimer
 from fastkernels.config import ConfigError, EngineConfig
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops import reference
-from fastkernels.ops.gemm import LINEAR_TACTIC
-from fastkernels.ops.quant import KINDS
 from fastkernels.runtime import build
 from fastkernels.runtime.bind import Products, bind
 from fastkernels.runtime.build import choose_tactics, compile_for
@@ -159,7 +159,7 @@ def test_misaligned_rows_are_torchs():
 
 def test_a_gated_product():
     """One kernel where the product is streamed, whatever says so; else two, by way of the second output."""
-    product = Product("linear", "bf16", BF16, 2 * OUT, IN)
+    product = Product("linear", "bf16", BF16, 2 * OUT, IN, gated=True)
 
     def bound(num_tokens: int, choices: Choices = BY_RULE, misaligned: bool = False):
         x = torch.empty(num_tokens, IN + 4, dtype=BF16, device="meta")[:, 4:]
@@ -197,66 +197,13 @@ def test_a_gated_product():
     for arguments, tactic in (
         ((40, only(product, 48, Tactic("matmul", 11), HOPPER)), 11),
         ((40, Choices(capability=HOPPER)), -1),
+        ((500, Choices(capability=HOPPER)), -1),
     ):
         call, x, weight, out, _ = bound(*arguments)
         assert call.func is _fk.matmul.default
         assert call.args[:2] == (x, weight) and call.args[2:9] == (None,) * 7
         assert call.args[9:12] == (True, True, tactic) and call.args[13] is out
     assert bound(8, Choices(capability=HOPPER))[0].func is _fk.linear_silu_mul.default
-    assert bound(65, Choices(capability=HOPPER))[0].args[0].func is _aten.mm.out
-
-
-GATED = {  # scheme -> rows of a scale of x, and of the weight
-    "fp8@cuda": ((), (2 * OUT, 1)),
-    "int8@cuda": ((), (2 * OUT, 1)),
-    "fp8-block@cuda": ((IN // 128,), (2 * OUT // 128, IN // 128)),
-}
-
-
-@pytest.mark.parametrize("scheme", GATED)
-def test_a_gated_product_that_leaves_bytes(scheme):
-    """With the gate in the product, what it gives lies at the beginning of the room."""
-    byte = torch.int8 if scheme == "int8@cuda" else torch.float8_e4m3fn
-    of_token, of_weight = GATED[scheme]
-    per, out_scales = ("block", (OUT // 128,)) if of_token else ("token", ())
-    weight = {"fp8@cuda": "e4m3", "int8@cuda": "int8", "fp8-block@cuda": "e4m3-block"}[scheme]
-    product = Product("matmul", weight, BF16, 2 * OUT, IN)
-
-    def bound(num_tokens: int, choices: Choices):
-        def empty(*shape: int, dtype: torch.dtype = byte) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        inputs = [empty(num_tokens, IN), empty(num_tokens, *of_token, dtype=torch.float32)]
-        inputs += [empty(2 * OUT, IN), empty(*of_weight, dtype=torch.float32)]
-        outputs = [empty(num_tokens, OUT), empty(num_tokens, *out_scales, dtype=torch.float32)]
-        outputs.append(empty(num_tokens, 2 * OUT, dtype=BF16))
-        names = tuple(map(str, range(7)))
-        step = Step("matmul_silu_mul_quant", names[:4], names[4:], {"scheme": scheme, "per": per})
-        products = Products(choices, empty(1, dtype=torch.uint8))
-        call = bind(step, inputs, outputs, num_tokens=num_tokens, dtype=BF16, products=products)
-        assert [call.args[0].args[0], call.args[0].args[1]] == [inputs[0], inputs[2]]
-        return *call.args, outputs
-
-    for num_tokens, choices in (
-        (40, BY_RULE),
-        (8, Choices(capability=HOPPER)),
-        (40, only(product, 48, Tactic("matmul", LINEAR_TACTIC), HOPPER)),
-        (40, Choices(capability=(8, 0))),
-    ):
-        first, second, (out, scales, room) = bound(num_tokens, choices)
-        assert first.func is _fk.matmul.default and first.args[10] is False and first.args[13] is room
-        assert second.func is _fk.silu_mul_quant.default
-        assert second.args == (room, KINDS[per], out, scales)
-    for choices, tactic in (
-        (Choices(capability=HOPPER), -1),
-        (only(product, 48, Tactic("matmul", 9), HOPPER), 9),
-    ):
-        first, second, (out, scales, room) = bound(40, choices)
-        act = first.args[13]
-        assert first.args[10] is True and first.args[11] == tactic
-        assert act.shape == (40, OUT) and act.is_contiguous() and act.dtype == BF16
-        assert act._base is room and act.storage_offset() == 0
-        assert second.func is _fk.quantize.default and second.args == (act, KINDS[per], out, scales)
 
 
 def test_a_head_of_an_odd_size_is_streamed():
@@ -382,28 +329,28 @@ def test_the_timer(product):
     capability = torch.cuda.get_device_capability()
     timer = CudaTimer(device)
     large = Product(product.op, product.weight, BF16, 4 * OUT, 8 * IN)
-    for num_tokens in (512, 64, 1):
-        for tactic in tactics_of(large, num_tokens, capability):
-            assert 0.5 < timer(large, num_tokens, tactic) < 1000
-    x, out = timer._x[0], timer._out
+    for one in (replace(large, gated=True), large) if product.op == "linear" else (large,):
+        for num_tokens in (512, 64, 1):
+            for tactic in tactics_of(one, num_tokens, capability):
+                assert 0.5 < timer(one, num_tokens, tactic) < 1000
+    x, out = timer._x[0], timer._outputs[0]
     if product.op == "linear":
         expected = reference.linear(x[:1].double(), timer._weights[-1][0].double())
         assert (out[:1] - expected).norm() <= 0.02 * expected.norm()
 
 
 @pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
-@pytest.mark.parametrize("scheme", [None, "fp8", "fp8-block", "int8"])
-def test_gates_in_products_give_the_same_logits(scheme):
+def test_gates_in_products_give_the_same_logits():
     """Of prompts of every kind of tactic, and of what is generated after them."""
     prompts = [list(range(40, 40 + length)) for length in (3, 20, 100, 300)]
 
     def logits(*disabled: str) -> list[torch.Tensor]:
-        options = {"device": "cuda", "dtype": "bf16", "max_num_seqs": 4, "quantization": scheme}
+        options = {"device": "cuda", "dtype": "bf16", "max_num_seqs": 4}
         with LLM("demo", **options, disabled_passes=disabled) as llm:
             params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
             outputs = llm.generate(prompts, params)
             assert [len(output.token_ids) for output in outputs] == [8] * len(prompts)
             return [llm.logits(prompt) for prompt in prompts]
 
-    for one, other in zip(logits(), logits("gated_linear", "gated_matmul"), strict=True):
+    for one, other in zip(logits(), logits("gated_linear"), strict=True):
         assert (one - other).norm() <= 0.03 * other.norm()

@@ -114,7 +114,7 @@ def test_steps_on_a_gpu(folders, monkeypatch, name):
     plan = plan_of(Checkpoint(folders[name]), monkeypatch, HOPPER)
     assert layer_of(plan) == [
         *("paged_attention", "quantize", "matmul"),
-        *("add_rms_norm_quant", "matmul_silu_mul_quant", "matmul"),
+        *("add_rms_norm_quant", "matmul", "silu_mul_quant", "matmul"),
         *("add_rms_norm_quant", "matmul", "rope_append_kv"),
     ]
     device = torch.device("cuda", 0)

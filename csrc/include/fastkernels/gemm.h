@@ -51,11 +51,12 @@ struct MatmulParams {
     int64_t x_token_stride, weight_row_stride, out_token_stride, residual_token_stride;  // elements
     int64_t num_weight_scales;
     bool constant_weight;  // as in LinearParams
-    bool gated;
+    bool gated;            // linear's kernel has it without scales alone
     MatmulScales scales;
-    DType dtype, bias_dtype, out_dtype;  // of x and weight, which is e4m3 where x is e5m2; of bias and residual, bf16
-                                         // or fp16; of out, the same, or with an out_scale e4m3 or int8
-    int tactic;                          // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
+    // Of x and weight, which is e4m3 where x is e5m2; of bias and residual, bf16 or fp16 (linear's kernel takes out's);
+    // of out, the same, or with an out_scale e4m3 or int8.
+    DType dtype, bias_dtype, out_dtype;
+    int tactic;  // 0 to kNumMatmulTactics - 1, or -1: chosen by shape
 };
 
 constexpr int64_t weight_rows(const MatmulParams& p) {

@@ -86,7 +86,8 @@ def linear(
     bias:   [out_size], dtype of x, or None
     residual: [num_tokens, out_size], dtype of x, or None; last dimension contiguous, rows begin on 16 bytes;
             may be out. By Hopper's kernels, which it makes of no tactic -1, it is added in fp32 before y is
-            rounded; elsewhere the sum is rounded once more
+            rounded, out_size is a multiple of 8, and rows of weight and out begin on 16 bytes too; elsewhere
+            the sum is rounded once more
     constant_weight: promises that no kernel still running in the stream writes the weight; on Hopper its
             first rows are then read while the kernel before this one ends
     tactic: given, any number of tokens go through Hopper's kernels of ``matmul``: 0 to LINEAR_TACTIC - 1, a
@@ -252,6 +253,10 @@ def matmul(
     out_size = out.shape[1]
     if gated and out_size % 8:
         raise ValueError(f"{op}: out_size is {out_size}; with a gate it must be a multiple of 8")
+    if residual is not None and out_size % 8:
+        raise ValueError(f"{op}: out_size is {out_size}; with a residual it must be a multiple of 8")
+    if out_scale is not None and out_size % 16:
+        raise ValueError(f"{op}: out_size is {out_size}; with out in bytes it must be a multiple of 16")
     if gated and x_scales is not None and x_scales.dim() == 2 and out_size % 128:
         raise ValueError(
             f"{op}: out_size is {out_size}; with a gate and scales of blocks it must be a multiple of 128"

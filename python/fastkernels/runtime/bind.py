@@ -27,7 +27,6 @@ from fastkernels.compiler.tune import (
     Product,
     Tactic,
     call_of,
-    gates,
     product_of,
 )
 from fastkernels.ops.gemm import LINEAR_TACTIC
@@ -67,12 +66,11 @@ class Products:
         by_row = product.op == "matmul" and product.weight in ("e4m3", "int8")
         return by_row and tactic == Tactic("matmul", LINEAR_TACTIC)
 
-    def gates(self, product: Product, inputs: list[Tensor]) -> bool:
-        tactic, num_tokens = self.tactic(product, inputs), inputs[0].shape[0]
-        return gates(product, tactic, num_tokens, self.choices.capability)
-
-    def call(self, product: Product, inputs: list[Tensor], out: Tensor, *, gated: bool = False) -> Call:
-        return call_of(product, self.tactic(product, inputs), inputs, out, self.workspace, gated=gated)
+    def call(self, product: Product, inputs: list[Tensor], outputs: list[Tensor]) -> Call:
+        return call_of(
+            *(product, self.tactic(product, inputs), inputs, outputs, self.workspace),
+            capability=self.choices.capability,
+        )
 
 
 def bind(
@@ -94,75 +92,20 @@ def bind(
     if step.op not in BINDERS:
         raise CompileError(f"no kernel is bound to the step {step.op!r}; there are {', '.join(BINDERS)}")
     if step.op in PRODUCT_STEPS and inputs[0].device.type != "cpu":
-        out = outputs[-1]
-        product = product_of(step, out.shape[1], inputs[0].shape[1], dtype)
-        if step.op in ("linear_silu_mul", "matmul_silu_mul_quant") and products.gates(product, inputs):
-            return _by_gated_matmul(inputs, outputs, step.attributes, product, products)
-        call = products.call(product, inputs, out)
-        if step.op == "linear_silu_mul":
-            return _gated(inputs, outputs, products.tactic(product, inputs) == STREAM, call)
-        if step.op == "matmul_silu_mul_quant":
-            return _then_silu_mul_quant(call, outputs, step.attributes)
-        return call
+        product = product_of(step, outputs[-1].shape[1], inputs[0].shape[1], dtype)
+        return products.call(product, inputs, outputs)
     of_the_step = {"num_tokens": num_tokens, "max_query_len": max_query_len, "dtype": dtype}
     return BINDERS[step.op](inputs, outputs, {**step.attributes, **of_the_step})
 
 
 def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    """On the CPU: x [rows, in] @ weight [out, in]^T (+ bias), by docs/kernels/gemm.md's rule."""
+    """On the CPU: x [rows, in] @ weight [out, in]^T (+ bias), by docs/kernels/gemm.md's rule; for two outputs
+    it is linear_silu_mul."""
     x, weight = inputs[:2]
-    (out,) = outputs
-    product = Product("linear", "", x.dtype, weight.shape[0], weight.shape[1], len(inputs) == 3)
-    return call_of(product, STREAM if _streams_on_cpu(x) else TORCH, inputs, out, None)
-
-
-def _streams_on_cpu(x: Tensor) -> bool:
-    return x.shape[0] <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
-
-
-def _linear_silu_mul(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    """On the CPU, as ``_linear``."""
-    return _gated(inputs, outputs, _streams_on_cpu(inputs[0]), _linear(inputs, outputs[1:], attributes))
-
-
-def _gated(inputs: list[Tensor], outputs: list[Tensor], streams: bool, product: Call) -> Call:
-    """One kernel where the product is streamed; else ``product``, which writes the second output, and the
-    activation of that."""
-    out, gate_up = outputs
-    if streams:
-        return partial(_fk.linear_silu_mul.default, *inputs, True, out)
-    return partial(_in_turn, product, partial(_fk.silu_mul.default, gate_up, out))
-
-
-def _by_gated_matmul(
-    inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes, product: Product, products: Products
-) -> Call:
-    """A product with the gate in its epilogue; what it gives, where bytes of it are wanted, goes to the first
-    half of the room that the product without would take."""
-    out, *rest = outputs
-    if len(rest) == 1:
-        return products.call(product, inputs, out, gated=True)
-    scales, room = rest
-    act = room.view(-1)[: out.numel()].view(out.shape)
-    quantize = partial(_fk.quantize.default, act, KINDS[attributes["per"]], out, scales)
-    return partial(_in_turn, products.call(product, inputs, act, gated=True), quantize)
-
-
-def _then_silu_mul_quant(product: Call, outputs: list[Tensor], attributes: Attributes) -> Call:
-    out, scales, gate_up = outputs
-    return partial(
-        _in_turn, product, BINDERS["silu_mul_quant"]([gate_up], [out, scales], {"per": attributes["per"]})
-    )
-
-
-def _matmul_silu_mul_quant(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
-    product = BINDERS["matmul"](inputs, outputs[-1:], attributes)
-    return _then_silu_mul_quant(product, outputs, attributes)
-
-
-def _in_turn(first: Call, second: Call) -> None:
-    first()
-    second()
+    out_size, in_size = weight.shape
+    product = Product("linear", "", x.dtype, out_size, in_size, len(inputs) == 3, len(outputs) == 2)
+    streams = x.shape[0] <= (ops.LINEAR_MAX_TOKENS if x.dtype == torch.float32 else 1)
+    return call_of(product, STREAM if streams else TORCH, inputs, outputs, None)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -305,13 +248,12 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "attention_plan": _attention_plan,
     "embedding": _plain(_fk.embedding.default),
     "linear": _linear,
-    "linear_silu_mul": _linear_silu_mul,
+    "linear_silu_mul": _linear,
     "quantized_linear": _quantized_linear,
     "gather_columns": _gather_columns,
     "quantize": _quantizing(_fk.quantize.default),
     "quantize_zeros": _plain(_fk.quantize_zeros.default),
     "matmul": _only_on_a_gpu,
-    "matmul_silu_mul_quant": _matmul_silu_mul_quant,
     "token_linear": _token_linear,
     "token_weight_only_linear": _token_weight_only_linear,
     "rms_norm": _rms_norm,

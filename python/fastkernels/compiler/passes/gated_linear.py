@@ -1,9 +1,9 @@
-"""The merged gate and up projection and the activation over it, in one kernel for a decode step's few tokens.
+"""The merged gate and up projection and the activation over it, in one kernel where there is one.
 
     silu_mul(linear(x; W))   ->   linear_silu_mul(x; W)
 
-The second output of the new node is what ``linear`` gave: room that steps of more tokens need, which still
-take two kernels (``runtime/bind.py``). Behind quantize, since only weights as they are have such a kernel.
+The second output of the new node is what ``linear`` gave: room where it still takes two kernels
+(``compiler/tune/calls.py``). Behind quantize, since only weights as they are have such a kernel.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 {"format": 1, "gpus": {"NVIDIA H200": {"0.1.0": {"linear bf16 6144x4096": {"32": {
     "tactic": "matmul 9", "us": {"torch": 17.2, "matmul 9": 15.6, ...}}}}}}}
+
+A product goes by ``Product.__str__``: one that is gated, and so timed with its activation, apart from the
+same without.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A product, a tactic and tensors -> the call that computes it: what the runtime binds is what the tuner
-times."""
+"""A product, a tactic and tensors -> the call that runs its step: what the runtime binds is what the tuner
+times. Of a gated product that is all kernels of the step, whichever of them has the gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkernels import ops
-from fastkernels.compiler.tune.tactics import STREAM, TORCH, Product, Tactic
+from fastkernels.compiler.tune.tactics import STREAM, TORCH, Product, Tactic, gates
 from fastkernels.ops.quantized_gemm import QUANTIZED, WITH_ZEROS, round_to
 from fastkernels.ops.weight_only import packed_shape, takes_e4m3
 
@@ -24,18 +24,46 @@ def call_of(
     product: Product,
     tactic: Tactic,
     inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    workspace: Tensor | None,
+    *,
+    capability: tuple[int, int] | None = None,
+) -> Call:
+    """inputs: of the step, in its order: x, where it is bytes its scales and perhaps zero points, the
+        weight's parts, and a bias or none
+    outputs: of the step: what the product gives, and before it, where that is gated, silu(gate) * up
+    workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
+    capability: of the GPU
+
+    The ops are taken by overload and bound once: nothing is validated here.
+    """
+    *gated, out = outputs
+    if not gated:
+        return _product_call(product, tactic, inputs, out, workspace)
+    (act,) = gated
+    if tactic == STREAM:
+        return partial(_fk.linear_silu_mul.default, *inputs, True, act)
+    if gates(product, tactic, capability):
+        return _product_call(product, tactic, inputs, act, workspace, gated=True)
+    first = _product_call(product, tactic, inputs, out, workspace)
+    return partial(_in_turn, first, partial(_fk.silu_mul.default, out, act))
+
+
+def _in_turn(first: Call, second: Call) -> None:
+    first()
+    second()
+
+
+def _product_call(
+    product: Product,
+    tactic: Tactic,
+    inputs: Sequence[Tensor],
     out: Tensor,
     workspace: Tensor | None,
     *,
     gated: bool = False,
 ) -> Call:
-    """inputs: of the step, in its order: x, where it is bytes its scales and perhaps zero points, the
-        weight's parts, and a bias or none
-    workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
-    gated: out is silu(gate) * up of what ``product`` gives, where ``gates`` says so
-
-    The ops are taken by overload and bound once: nothing is validated here.
-    """
+    """One kernel. gated: out is silu(gate) * up of what ``product`` gives."""
     x, *rest = inputs
     bias = rest.pop() if product.has_bias else None
     if tactic == TORCH:
@@ -80,6 +108,12 @@ def random_x(product: Product, num_tokens: int, device: torch.device) -> list[Te
     if product.op != "matmul":
         return [x]
     return list(round_to(x, product.weight))
+
+
+def empty_outputs(product: Product, num_tokens: int, device: torch.device) -> list[Tensor]:
+    """The outputs of ``call_of``, for timing: of each, any first rows are one too."""
+    sizes = [product.out_size // 2] * product.gated + [product.out_size]
+    return [torch.empty(num_tokens, size, dtype=product.dtype, device=device) for size in sizes]
 
 
 def random_weight(product: Product, device: torch.device) -> list[Tensor]:

@@ -73,6 +73,8 @@ class Product:
     weight: what the weight is: its dtype, the activation of ``matmul`` that goes with it, or the packed
             format of ``weight_only_linear``
     dtype:  of the result
+    gated:  the rows of the weight are a gate's, then up's, and the step gives silu(gate) * up: its time is
+            that of all the step's kernels
     """
 
     op: str
@@ -81,23 +83,26 @@ class Product:
     out_size: int
     in_size: int
     has_bias: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
         result = "" if self.op == "linear" else f" {dtype_name(self.dtype)}"
         bias = " bias" if self.has_bias else ""
-        return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}"
+        gated = " gated" if self.gated else ""
+        return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}{gated}"
 
 
-PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul", "matmul_silu_mul_quant")
+PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul")
 """Ops of steps that have a product, and so tactics on a GPU; what it gives is their last output."""
 
 
 def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
     """The product that a step on a GPU computes. dtype: the model's."""
     if step.op in ("linear", "linear_silu_mul"):
-        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3)
+        has_bias, gated = len(step.inputs) == 3, step.op == "linear_silu_mul"
+        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, has_bias, gated)
     scheme = find_scheme(str(step.attributes["scheme"]))
-    if step.op in ("matmul", "matmul_silu_mul_quant") and isinstance(scheme, Rounded):
+    if step.op == "matmul" and isinstance(scheme, Rounded):
         weight = str(scheme.scheme.activation)
         with_bias = 7 if weight == WITH_ZEROS else 5
         return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
@@ -123,7 +128,11 @@ def products_of(
 
 
 def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) -> Tactic:
-    """What is taken where nothing was timed on a GPU of this compute capability; None: not known."""
+    """What is taken where nothing was timed on a GPU of this compute capability; None: not known.
+
+    With 16 bits and more tokens than Hopper's tiles for few take, cuBLAS is as fast as ``matmul`` but for the
+    gate, which costs it a kernel more (docs/kernels/gemm.md).
+    """
     if product.op == "matmul":
         # -1 is this one too; by its name the tuner knows its time.
         return Tactic("matmul", LINEAR_TACTIC if _streams_bytes(product, num_tokens) else -1)
@@ -131,21 +140,17 @@ def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) 
         return Tactic("weight_only_linear", 0)
     if _streams(product, num_tokens):
         return STREAM
-    few = 0 < num_tokens <= MOST_FEW_TOKENS and _has_hopper_matmul(product, capability)
-    return Tactic("matmul", -1) if few else TORCH
+    if not _has_hopper_matmul(product, capability):
+        return TORCH
+    own = Tactic("matmul", -1)
+    return own if num_tokens <= MOST_FEW_TOKENS or gates(product, own, capability) else TORCH
 
 
-def gates(product: Product, tactic: Tactic, num_tokens: int, capability: tuple[int, int] | None) -> bool:
-    """Whether a product with the rows of a gate and up, by this tactic and for so many tokens, computes
-    silu(gate) * up in its epilogue; else a kernel behind it does."""
-    if tactic.kernel != "matmul" or tactic.number is None or capability != HOPPER:
-        return False
-    rows, number = 16, tactic.number  # of gate and up
-    if product.weight == "e4m3-block":
-        rows = 256
-        if 0 <= number < LINEAR_TACTIC and MATMUL_TILES[number // 2].columns > 128:
-            return False  # no room for the scales of both
-    return number != LINEAR_TACTIC and product.out_size % rows == 0
+def gates(product: Product, tactic: Tactic, capability: tuple[int, int] | None) -> bool:
+    """Whether a gated product, by this tactic, computes silu(gate) * up in the epilogue of ``matmul``; else a
+    kernel behind it does."""
+    by_matmul = tactic.kernel == "matmul" and capability == HOPPER
+    return product.gated and by_matmul and product.out_size % 16 == 0
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:

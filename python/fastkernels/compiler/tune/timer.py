@@ -1,4 +1,4 @@
-"""Times one product on a GPU as an engine runs it: in a CUDA graph, its weight never in the L2 cache."""
+"""Times a product's step on a GPU as an engine runs it: in a CUDA graph, its weight never in the L2 cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from fastkernels.compiler.tune.calls import call_of, random_weight, random_x
+from fastkernels.compiler.tune.calls import call_of, empty_outputs, random_weight, random_x
 from fastkernels.compiler.tune.tactics import Product, Tactic
 from fastkernels.ops.gemm import matmul_workspace
 
@@ -31,19 +31,23 @@ class CudaTimer:
         self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             self._workspace = matmul_workspace(device)
+        self._capability = torch.cuda.get_device_capability(device)
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._product: Product | None = None
         self._weights: list[list[Tensor]] = []
         self._x: list[Tensor] = []
-        self._out: Tensor | None = None
+        self._outputs: list[Tensor] = []
 
     def __call__(self, product: Product, num_tokens: int, tactic: Tactic) -> float:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
             self._prepare(product, num_tokens)
-            assert self._out is not None
-            x, out = [part[:num_tokens] for part in self._x], self._out[:num_tokens]
+            x = [part[:num_tokens] for part in self._x]
+            outputs = [part[:num_tokens] for part in self._outputs]
             calls = [
-                call_of(product, tactic, [*x, *weight], out, self._workspace) for weight in self._weights
+                call_of(
+                    *(product, tactic, [*x, *weight], outputs, self._workspace), capability=self._capability
+                )
+                for weight in self._weights
             ]
             calls *= rounds(product, num_tokens, sum(part.nbytes for part in self._weights[0]), len(calls))
             calls[0]()  # loads the kernel and lets cuBLAS set itself up, which cannot be captured
@@ -70,15 +74,15 @@ class CudaTimer:
 
     def _prepare(self, product: Product, num_tokens: int) -> None:
         if product != self._product:
-            self._product, self._weights, self._x, self._out = None, [], [], None
+            self._product, self._weights, self._x, self._outputs = None, [], [], []
             torch.cuda.empty_cache()  # what graphs of the product before had from the allocator, too
             weight = random_weight(product, self._device)
             copies = num_copies(sum(part.nbytes for part in weight), self._l2_bytes)
             self._weights = [weight, *([part.clone() for part in weight] for _ in range(copies - 1))]
             self._product = product
-        if self._out is None or len(self._out) < num_tokens:
+        if not self._outputs or len(self._outputs[0]) < num_tokens:
             self._x = random_x(product, num_tokens, self._device)
-            self._out = self._x[0].new_empty(num_tokens, product.out_size, dtype=product.dtype)
+            self._outputs = empty_outputs(product, num_tokens, self._device)
 
 
 def num_copies(weight_bytes: int, l2_bytes: int) -> int:
