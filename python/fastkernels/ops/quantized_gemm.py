@@ -102,7 +102,8 @@ def quantized_linear(
             when None, which reads all of weight, and not of interleaved rows
     interleaved: the rows of weight are as ``interleave_rows`` leaves them
     bias:   [out_size], dtype of x, or None
-    residual: [num_tokens, out_size], dtype of x, last dimension contiguous, or None; may be out
+    residual: [num_tokens, out_size], dtype of x, last dimension contiguous, or None; may be out; on CUDA
+            out_size is then a multiple of 8, and its rows begin on 16 bytes
     gated:  weight has 2 * out_size rows, a gate's, then up's (and so have scales, zeros and weight_sums), and
             y = silu(x gate^T) * (x up^T); without bias and residual
     out_scale: fp32 [1], or None: out is the bytes of y that ``quantize`` per "tensor" makes with this scale;
