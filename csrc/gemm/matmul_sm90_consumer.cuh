@@ -321,20 +321,20 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
     // 64 bytes, swizzled, or of bytes 32.
 
     // Of two gates at once: a reciprocal costs as much as eight other instructions. Below -43 silu is that of -43, 43 *
-    // 2^-62, so that the product of both stays finite; what is no number stays none.
+    // 2^-62, so that the product of both stays finite. What is no number stays none, and does not reach its neighbour.
     static __device__ __forceinline__ void gate_pair(float (&y)[2], const float (&up)[2]) {
         float one_and[2];  // 1 + e^-y
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             y[i] = y[i] < -43.0f ? -43.0f : y[i];
-            one_and[i] = 1.0f + exp2_approx(y[i] * -1.44269504f);
+            one_and[i] = 1.0f + exp2_approx(fminf(y[i] * -1.44269504f, 63.0f));
         }
         const float inverse = rcp_approx(one_and[0] * one_and[1]);
         y[0] *= one_and[1] * inverse * up[0];
         y[1] *= one_and[0] * inverse * up[1];
     }
 
-    template <bool kZeros>
+    template <bool kZeros, bool kBytes>
     __device__ __forceinline__ void store_gated_rows(const Sum (&sum)[kSums], int token, int row) {
         const int l = static_cast<int>(keep(lane)), begin = static_cast<int>(keep(warp)) * 16;
         const int g = l / 4, t = l % 4;
@@ -358,7 +358,7 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
             if (pass == 0) {
                 token_scale[0] = row_scale(begin + g);
                 token_scale[1] = row_scale(begin + g + 8);
-                if (args.out_type != MatmulOut::values) {
+                if (kBytes) {
                     inverse = 1.0f / *args.out_scale;
                 }
             }
@@ -387,7 +387,7 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
                         out[eight * 4 + half * 2 + 1] = y[1];
                     }
                 }
-                if (args.out_type == MatmulOut::values) {
+                if constexpr (!kBytes) {
                     uint32_t pairs[4];
                     pack_out(out, pairs, args.is_fp16);
                     const uint32_t address = panel + (begin + l % 16) * 64 + ((i * 2 + l / 16) ^ l % 8 / 2) * 16;
@@ -466,9 +466,12 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
     template <bool kZeros>
     __device__ __forceinline__ void store_tile(const Sum (&sum)[kSums], int row, int column) {
         if constexpr (kTokensAreA) {
-            args.gated   ? store_gated_rows<kZeros>(sum, row, column)
-            : args.plain ? store_rows<true, kZeros>(sum, row, column)
-                         : store_rows<false, kZeros>(sum, row, column);
+            if (args.gated) {
+                args.out_type == MatmulOut::values ? store_gated_rows<kZeros, false>(sum, row, column)
+                                                   : store_gated_rows<kZeros, true>(sum, row, column);
+            } else {
+                args.plain ? store_rows<true, kZeros>(sum, row, column) : store_rows<false, kZeros>(sum, row, column);
+            }
         } else {
             args.gated   ? store_gated_columns(sum, column, row)
             : args.plain ? store_columns<true>(sum, column, row)

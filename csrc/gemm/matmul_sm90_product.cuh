@@ -116,36 +116,29 @@ struct MatmulProduct {
         wait_full();
         issue<true>(part);
         const uint32_t at = scales + ring.slot() * (Shape::kChunkScales * 4);
-        // Of three pieces a scale each; of one, a scale for even rows of eight and one for odd ones.
-        constexpr int kFactors = kTokensAreA ? std::max(2, Shape::kPieces) * 2 : kN / 2;
-        float factor[kFactors];
         const float4 weight = load_shared_4(at + Shape::kTokens * 4);
-        if constexpr (kTokensAreA) {
-            const float first = load_shared(at + token_at), second = load_shared(at + token_at + 8 * 4);
-            const float of_pieces[3] = {weight.x, weight.y, weight.z};
+        // Of tokens, two a lane where they are A's rows, two of every eight where they are its columns.
+        constexpr int kTokens = kTokensAreA ? 2 : kN / 4;
+        float token[kTokens];
 #pragma unroll
-            for (int i = 0; i < kFactors / 2; ++i) {
-                factor[i * 2] = first * of_pieces[i];
-                factor[i * 2 + 1] = second * of_pieces[i];
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < kFactors / 4; ++i) {
-                const float2 pair = load_shared_2(at + token_at + i * (8 * 4));
-                factor[i * 4] = pair.x * weight.x;
-                factor[i * 4 + 1] = pair.y * weight.x;
-                factor[i * 4 + 2] = pair.x * weight.y;
-                factor[i * 4 + 3] = pair.y * weight.y;
-            }
+        for (int i = 0; i < kTokens / 2; ++i) {
+            const float2 pair = kTokensAreA
+                                    ? make_float2(load_shared(at + token_at), load_shared(at + token_at + 8 * 4))
+                                    : load_shared_2(at + token_at + i * (8 * 4));
+            token[i * 2] = pair.x;
+            token[i * 2 + 1] = pair.y;
         }
         wgmma_wait<0>();
         wgmma_hold(part);
         release(ring.slot());
         ring.next();
+        const float of_pieces[3] = {weight.x, weight.y, weight.z};
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-            const int at = kTokensAreA ? (Shape::kPieces == 3 ? i / 32 : i / 4 % 2) * 2 + i / 2 % 2 : i;
-            sum[i] = fmaf(part[i], factor[at], sum[i]);
+            // Of three pieces a scale each; of one, a scale for even rows of eight and one for odd ones.
+            const int piece = !kTokensAreA ? i / 2 % 2 : Shape::kPieces == 3 ? i / 32 : i / 4 % 2;
+            const float factor = token[kTokensAreA ? i / 2 % 2 : i / 4 * 2 + i % 2] * of_pieces[piece];
+            sum[i] = fmaf(part[i], factor, sum[i]);
         }
     }
 

@@ -108,13 +108,14 @@ def test_tiles_of_repacked_weights_are_those_of_the_kernel():
 
 
 def test_which_products_gate():
-    """The tactics of matmul on Hopper, where gate and up are whole tiles."""
+    """The tactics of matmul on Hopper, of many tokens, where gate and up are whole tiles."""
     by_tile = Tactic("matmul", 9)
-    assert gates(GATED, by_tile, HOPPER) and gates(GATED, Tactic("matmul", -1), HOPPER)
-    assert not gates(GATED, by_tile, AMPERE) and not gates(GATED, by_tile, None)
-    assert not gates(replace(GATED, gated=False), by_tile, HOPPER)
-    assert not gates(GATED, TORCH, HOPPER) and not gates(GATED, STREAM, HOPPER)
-    assert not gates(replace(GATED, out_size=24), by_tile, HOPPER)
+    assert gates(GATED, by_tile, 1024, HOPPER) and gates(GATED, Tactic("matmul", -1), 1024, HOPPER)
+    assert not gates(GATED, by_tile, 1023, HOPPER)
+    assert not gates(GATED, by_tile, 1024, AMPERE) and not gates(GATED, by_tile, 1024, None)
+    assert not gates(replace(GATED, gated=False), by_tile, 1024, HOPPER)
+    assert not gates(GATED, TORCH, 1024, HOPPER) and not gates(GATED, STREAM, 1024, HOPPER)
+    assert not gates(replace(GATED, out_size=24), by_tile, 1024, HOPPER)
 
 
 def test_buckets():
@@ -155,7 +156,7 @@ def test_tactics_of_a_gate_of_16_bits(num_tokens):
     """They are those of the same product without, but by rule Hopper's kernel has the gate of many tokens."""
     plain = rule(replace(GATED, gated=False), num_tokens, HOPPER)
     own = Tactic("matmul", -1)
-    assert rule(GATED, num_tokens, HOPPER) == (STREAM if num_tokens <= 8 else own)
+    assert rule(GATED, num_tokens, HOPPER) == (own if num_tokens >= 1024 else plain)
     assert rule(GATED, num_tokens, AMPERE) == (STREAM if num_tokens <= 8 else TORCH)
     assert rule(replace(GATED, out_size=24), num_tokens, HOPPER) == plain, "the epilogue has no such gate"
     others = tactics_of(replace(GATED, gated=False), num_tokens, HOPPER)
@@ -446,12 +447,13 @@ def names_of(call) -> list[str]:
     ]
 
 
-def test_all_kernels_of_a_gated_step_are_timed():
+@pytest.mark.parametrize("num_tokens", [128, 1024])
+def test_all_kernels_of_a_gated_step_are_timed(num_tokens):
     product = Product("linear", "bf16", BF16, 512, 256, gated=True)
     cpu, workspace = torch.device("cpu"), torch.zeros(16, dtype=torch.uint8)
-    inputs = [*random_x(product, 128, cpu), *random_weight(product, cpu)]
-    outputs = empty_outputs(product, 128, cpu)
-    assert [tuple(output.shape) for output in outputs] == [(128, 256), (128, 512)]
+    inputs = [*random_x(product, num_tokens, cpu), *random_weight(product, cpu)]
+    outputs = empty_outputs(product, num_tokens, cpu)
+    assert [tuple(output.shape) for output in outputs] == [(num_tokens, 256), (num_tokens, 512)]
 
     def kernels(tactic: Tactic, capability: tuple[int, int]) -> list[str]:
         call = call_of(product, tactic, inputs, outputs, workspace, capability=capability)
@@ -463,7 +465,7 @@ def test_all_kernels_of_a_gated_step_are_timed():
     own = Tactic("matmul", -1)
     assert kernels(STREAM, HOPPER) == ["linear_silu_mul"]
     assert kernels(TORCH, HOPPER) == ["mm", "silu_mul"]
-    assert kernels(own, HOPPER) == ["matmul"]
+    assert kernels(own, HOPPER) == (["matmul"] if num_tokens == 1024 else ["matmul", "silu_mul"])
     assert kernels(own, AMPERE) == ["matmul", "silu_mul"]
 
 

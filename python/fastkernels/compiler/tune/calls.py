@@ -43,7 +43,7 @@ def call_of(
     (act,) = gated
     if tactic == STREAM:
         return partial(_fk.linear_silu_mul.default, *inputs, True, act)
-    if gates(product, tactic, capability):
+    if gates(product, tactic, len(act), capability):
         return _product_call(product, tactic, inputs, act, workspace, gated=True)
     first = _product_call(product, tactic, inputs, out, workspace)
     return partial(_in_turn, first, partial(_fk.silu_mul.default, out, act))

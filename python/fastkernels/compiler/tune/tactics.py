@@ -130,8 +130,8 @@ def products_of(
 def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) -> Tactic:
     """What is taken where nothing was timed on a GPU of this compute capability; None: not known.
 
-    With 16 bits and more tokens than Hopper's tiles for few take, cuBLAS is as fast as ``matmul`` but for the
-    gate, which costs it a kernel more (docs/kernels/gemm.md).
+    With 16 bits and more tokens than Hopper's tiles for few take, cuBLAS is as fast as ``matmul``, but for
+    the gate of very many, which costs it a kernel more (docs/kernels/gemm.md).
     """
     if product.op == "matmul":
         # -1 is this one too; by its name the tuner knows its time.
@@ -143,14 +143,18 @@ def rule(product: Product, num_tokens: int, capability: tuple[int, int] | None) 
     if not _has_hopper_matmul(product, capability):
         return TORCH
     own = Tactic("matmul", -1)
-    return own if num_tokens <= MOST_FEW_TOKENS or gates(product, own, capability) else TORCH
+    return own if num_tokens <= MOST_FEW_TOKENS or gates(product, own, num_tokens, capability) else TORCH
 
 
-def gates(product: Product, tactic: Tactic, capability: tuple[int, int] | None) -> bool:
-    """Whether a gated product, by this tactic, computes silu(gate) * up in the epilogue of ``matmul``; else a
-    kernel behind it does."""
-    by_matmul = tactic.kernel == "matmul" and capability == HOPPER
-    return product.gated and by_matmul and product.out_size % 16 == 0
+LEAST_GATED_TOKENS = 1024
+"""From which on the activation in ``matmul``'s epilogue takes less than a kernel behind it."""
+
+
+def gates(product: Product, tactic: Tactic, num_tokens: int, capability: tuple[int, int] | None) -> bool:
+    """Whether a gated product, by this tactic and for so many tokens, computes silu(gate) * up in the
+    epilogue of ``matmul``; else a kernel behind it does."""
+    by_matmul = product.gated and tactic.kernel == "matmul" and capability == HOPPER
+    return by_matmul and num_tokens >= LEAST_GATED_TOKENS and product.out_size % 16 == 0
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
