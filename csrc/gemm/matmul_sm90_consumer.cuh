@@ -495,7 +495,7 @@ struct Consumer : TileProduct<T, kScales, kTokensAreA, kN, kCluster> {
         while (walk.next(schedule, segment)) {
             load_scales(schedule.place(segment.tile));
             Sum sum[kSums];
-            this->multiply_segment(sum, segment.end - segment.begin);
+            this->multiply_segment(sum, segment.end - segment.begin, args.gated);
             if (segment.end - segment.begin == schedule.chunks || add_parts(sum, segment)) {
                 store(sum, schedule.place(static_cast<int>(keep(segment.tile))));  // no register through the product
             }

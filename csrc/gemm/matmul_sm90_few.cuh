@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(MatmulFewShape<T, kScales, kN, kSlots>::kThrea
                 keep(descriptor_low(shared_address(shared.ring))),
                 uniform(Shape::kABytes >> 4),
                 {}}
-            .multiply_segment(sum, end - begin);
+            .multiply_segment(sum, end - begin, args.gated);
     } else {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {

@@ -111,39 +111,51 @@ struct MatmulProduct {
         release(slot);
     }
 
-    // sum += A B^T of the chunk in the ring, times its scales.
+    // sum += A B^T of the chunk in the ring, times its scales. Those of the weight are of three pieces, or one, or of a
+    // gate and of up, whose eights of rows take turns.
+    template <bool kGated>
     __device__ __forceinline__ void multiply_scaled(Sum (&sum)[kSums], Sum (&part)[kSums], uint32_t token_at) {
         wait_full();
         issue<true>(part);
         const uint32_t at = scales + ring.slot() * (Shape::kChunkScales * 4);
+        constexpr int kPieces = kGated ? 2 : Shape::kPieces;
+        constexpr int kFactors = kTokensAreA ? kPieces * 2 : kN / 4 * (kGated ? 2 : 1);
+        float factor[kFactors];
         const float4 weight = load_shared_4(at + Shape::kTokens * 4);
-        // Of tokens, two a lane where they are A's rows, two of every eight where they are its columns.
-        constexpr int kTokens = kTokensAreA ? 2 : kN / 4;
-        float token[kTokens];
+        const float of_pieces[3] = {weight.x, weight.y, weight.z};
+        if constexpr (kTokensAreA) {
+            const float first = load_shared(at + token_at), second = load_shared(at + token_at + 8 * 4);
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) {
-            const float2 pair = kTokensAreA
-                                    ? make_float2(load_shared(at + token_at), load_shared(at + token_at + 8 * 4))
-                                    : load_shared_2(at + token_at + i * (8 * 4));
-            token[i * 2] = pair.x;
-            token[i * 2 + 1] = pair.y;
+            for (int i = 0; i < kPieces; ++i) {
+                factor[i * 2] = first * of_pieces[i];
+                factor[i * 2 + 1] = second * of_pieces[i];
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kN / 8; ++i) {
+                const float2 pair = load_shared_2(at + token_at + i * (8 * 4));
+#pragma unroll
+                for (int half = 0; half < (kGated ? 2 : 1); ++half) {
+                    const int of = kGated ? i * 2 + half : i;
+                    factor[of * 2] = pair.x * of_pieces[half];
+                    factor[of * 2 + 1] = pair.y * of_pieces[half];
+                }
+            }
         }
         wgmma_wait<0>();
         wgmma_hold(part);
         release(ring.slot());
         ring.next();
-        const float of_pieces[3] = {weight.x, weight.y, weight.z};
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-            // Of three pieces a scale each; of one, a scale for even rows of eight and one for odd ones.
-            const int piece = !kTokensAreA ? i / 2 % 2 : Shape::kPieces == 3 ? i / 32 : i / 4 % 2;
-            const float factor = token[kTokensAreA ? i / 2 % 2 : i / 4 * 2 + i % 2] * of_pieces[piece];
-            sum[i] = fmaf(part[i], factor, sum[i]);
+            const int piece = kGated ? i / 4 % 2 : Shape::kPieces == 3 ? i / 32 : 0;
+            const int at = kTokensAreA ? piece * 2 + i / 2 % 2 : kGated ? i : i / 4 * 2 + i % 2;
+            sum[i] = fmaf(part[i], factor[at], sum[i]);
         }
     }
 
     // The sums of so many chunks. With kPromote, those of kPromote chunks at a time are added to fp32 registers.
-    __device__ __forceinline__ void multiply_segment(Sum (&sum)[kSums], int chunks) {
+    __device__ __forceinline__ void multiply_segment(Sum (&sum)[kSums], int chunks, [[maybe_unused]] bool gated) {
         if constexpr (kPromote == 0) {
             multiply(sum, chunks);
         } else {
@@ -156,8 +168,15 @@ struct MatmulProduct {
                 // Bytes from a chunk's scales to this thread's first.
                 const uint32_t token_at =
                     keep((kTokensAreA ? group * 64 + warp * 16 + lane / 4 : lane % 4 * 2) * sizeof(float));
-                for (int i = 0; i < chunks; ++i) {
-                    multiply_scaled(sum, part, token_at);
+                // No tile of three pieces has a gate.
+                if (gated && Shape::kPieces == 1) {
+                    for (int i = 0; i < chunks; ++i) {
+                        multiply_scaled<true>(sum, part, token_at);
+                    }
+                } else {
+                    for (int i = 0; i < chunks; ++i) {
+                        multiply_scaled<false>(sum, part, token_at);
+                    }
                 }
             } else {
                 // The second warpgroup begins with half, so that one adds while the other multiplies.
