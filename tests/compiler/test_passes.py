@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from fastkernels.compiler import PASSES, UnknownPassError, compile_model
-from fastkernels.compiler.graph import Node, Value
+from fastkernels.compiler import PASSES, UnknownPassError, arena_layout, compile_model
+from fastkernels.compiler.graph import Node, QuantizedPart, Value
 from fastkernels.compiler.passes.add_norm import add_norm
 from fastkernels.compiler.passes.gated_linear import gated_linear
+from fastkernels.compiler.passes.gated_matmul import gated_matmul
 from fastkernels.compiler.passes.merge_qkv import merge_qkv
 from fastkernels.compiler.trace import trace
+from fastkernels.models.presets import PRESETS
 from tests.compiler.configs import CONFIGS
 
 NUM_LAYERS = 3
@@ -56,6 +58,7 @@ def test_one_pass_off(name, disabled):
         "act_mul": "silu_mul",
         "add_norm": "add_rms_norm",
         "gated_linear": "linear_silu_mul",
+        "gated_matmul": "matmul_silu_mul_quant",
     }
     found = {step.op for step in plan.steps}
     if disabled in fused:
@@ -153,3 +156,58 @@ def test_a_gate_with_a_bias_or_another_reader_keeps_its_kernel():
     read_again = Node("mul", (gate_up, x), (other,))
     for nodes in ((with_bias, silu_mul), (linear, silu_mul, read_again)):
         assert gated_linear(replace(graph, nodes=nodes)).nodes == nodes
+
+
+def test_a_gate_of_bytes_goes_along_with_its_product():
+    scheme = "fp8@cuda"
+    config = replace(PRESETS["llama-3.2-1b"], num_layers=2, sliding_window=())
+    plan = compile_model(config, quantization=scheme)
+    before = compile_model(config, quantization=scheme, disabled_passes=["gated_matmul"])
+    fused = [step for step in plan.steps if step.op == "matmul_silu_mul_quant"]
+    assert len(fused) == 2 and len(plan.steps) == len(before.steps) - 2
+    acts = [index for index, step in enumerate(before.steps) if step.op == "silu_mul_quant"]
+    for step, index in zip(fused, acts, strict=True):
+        matmul, act = before.steps[index - 1 : index + 1]
+        assert step.inputs == matmul.inputs and step.outputs == (*act.outputs, *matmul.outputs)
+        assert step.attributes == {**matmul.attributes, **act.attributes}
+        room = plan.buffers[step.outputs[-1]]
+        assert (room.kind, room.row_shape) == ("arena", (2 * config.intermediate_size,))
+    assert plan.weights == before.weights
+    layout = arena_layout(plan, max_num_tokens=64, max_num_seqs=4, element_bytes=2)
+    places = sorted(layout.offsets[name] for name in (*fused[0].inputs[:2], *fused[0].outputs))
+    assert len(set(places)) == 5, "the gated product reads its input while it writes all of its outputs"
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["fp8-block@cuda", "int8@cuda", "int8-zeros@cuda", "int4@cuda", "int4-fp8@cuda", "fp8", "int8", None],
+)
+def test_other_schemes_have_no_gated_matmul(scheme):
+    """Nor do plans for the CPU."""
+    plan = compile_model(PRESETS["llama-3.2-1b"], quantization=scheme)
+    assert not any(step.op == "matmul_silu_mul_quant" for step in plan.steps)
+    before = compile_model(PRESETS["llama-3.2-1b"], quantization=scheme, disabled_passes=["gated_matmul"])
+    assert plan.steps == before.steps
+
+
+def test_a_gate_of_bytes_with_a_bias_or_another_reader_keeps_its_kernel():
+    biased = replace(PRESETS["llama-3.2-1b"], mlp_bias=True)
+    plan = compile_model(biased, quantization="fp8@cuda")
+    assert not any(step.op == "matmul_silu_mul_quant" for step in plan.steps)
+    assert any(step.op == "silu_mul_quant" for step in plan.steps)
+    graph = trace(CONFIGS["llama"])
+    weight = replace(graph.weights["model.norm.weight"], name="w")
+    weight = replace(weight, quantized=QuantizedPart(weight, "fp8@cuda", "packed"))
+    x, gate_up, act, other = (
+        Value(name, (size,)) for name, size in (("x", 8), ("gate_up", 8), ("act", 4), ("other", 8))
+    )
+    scales = Value("act_scales", (), dtype="float32")
+    matmul = Node("matmul", (x,), (gate_up,), ("w",), {"scheme": "fp8@cuda"})
+    silu_mul_quant = Node("silu_mul_quant", (gate_up,), (act, scales), attributes={"per": "token"})
+    read_again = Node("mul", (gate_up, x), (other,))
+    graph = replace(graph, nodes=(matmul, silu_mul_quant), output=act, weights={"w": weight})
+    (fused,) = gated_matmul(graph).nodes
+    attributes = {"scheme": "fp8@cuda", "per": "token"}
+    assert fused == Node("matmul_silu_mul_quant", (x,), (act, scales, gate_up), ("w",), attributes)
+    nodes = (matmul, silu_mul_quant, read_again)
+    assert gated_matmul(replace(graph, nodes=nodes)).nodes == nodes

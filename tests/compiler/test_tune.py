@@ -50,6 +50,7 @@ QKV = Product("linear", "bf16", BF16, 6144, 4096)
 FP8 = Product("matmul", "e4m3", BF16, 6144, 4096)
 INT4 = Product("quantized_linear", "int4-g128", BF16, 6144, 4096)
 GATED = Product("linear", "bf16", BF16, 28672, 4096, gated=True)
+GATED_FP8 = Product("matmul", "e4m3", BF16, 28672, 4096, gated=True)
 PRODUCTS = {QKV: 512, FP8: 512, INT4: 64}
 
 
@@ -110,12 +111,13 @@ def test_tiles_of_repacked_weights_are_those_of_the_kernel():
 def test_which_products_gate():
     """The tactics of matmul on Hopper, of many tokens, where gate and up are whole tiles."""
     by_tile = Tactic("matmul", 9)
-    assert gates(GATED, by_tile, 1024, HOPPER) and gates(GATED, Tactic("matmul", -1), 1024, HOPPER)
-    assert not gates(GATED, by_tile, 1023, HOPPER)
-    assert not gates(GATED, by_tile, 1024, AMPERE) and not gates(GATED, by_tile, 1024, None)
-    assert not gates(replace(GATED, gated=False), by_tile, 1024, HOPPER)
-    assert not gates(GATED, TORCH, 1024, HOPPER) and not gates(GATED, STREAM, 1024, HOPPER)
-    assert not gates(replace(GATED, out_size=24), by_tile, 1024, HOPPER)
+    for product in (GATED, GATED_FP8):
+        assert gates(product, by_tile, 1024, HOPPER) and gates(product, Tactic("matmul", -1), 1024, HOPPER)
+        assert not gates(product, by_tile, 1023, HOPPER)
+        assert not gates(product, by_tile, 1024, AMPERE) and not gates(product, by_tile, 1024, None)
+        assert not gates(replace(product, gated=False), by_tile, 1024, HOPPER)
+        assert not gates(product, TORCH, 1024, HOPPER) and not gates(product, STREAM, 1024, HOPPER)
+        assert not gates(replace(product, out_size=24), by_tile, 1024, HOPPER)
 
 
 def test_buckets():
@@ -231,7 +233,7 @@ def test_products_of_a_plan():
     named = [f"{shape}{gate}" for shape, gate in zip(shapes, gates, strict=True)]
     assert names() == dict(zip([f"linear bf16 {name}" for name in named], rows, strict=True))
     fp8 = names(quantization="fp8@cuda", head_quantization="int4-g32-zeros@cuda")
-    expected = [f"matmul e4m3 bf16 {shape}" for shape in shapes[:4]]
+    expected = [f"matmul e4m3 bf16 {name}" for name in named[:4]]
     assert fp8 == dict(
         zip([*expected, f"quantized_linear int4-g32-zeros bf16 {shapes[4]}"], rows, strict=True)
     )
@@ -448,12 +450,14 @@ def names_of(call) -> list[str]:
 
 
 @pytest.mark.parametrize("num_tokens", [128, 1024])
-def test_all_kernels_of_a_gated_step_are_timed(num_tokens):
-    product = Product("linear", "bf16", BF16, 512, 256, gated=True)
+@pytest.mark.parametrize("weight", ["bf16", "e4m3"])
+def test_all_kernels_of_a_gated_step_are_timed(weight, num_tokens):
+    product = Product("linear" if weight == "bf16" else "matmul", weight, BF16, 512, 256, gated=True)
     cpu, workspace = torch.device("cpu"), torch.zeros(16, dtype=torch.uint8)
     inputs = [*random_x(product, num_tokens, cpu), *random_weight(product, cpu)]
     outputs = empty_outputs(product, num_tokens, cpu)
-    assert [tuple(output.shape) for output in outputs] == [(num_tokens, 256), (num_tokens, 512)]
+    assert [len(output) for output in outputs] == [num_tokens] * (2 if weight == "bf16" else 3)
+    assert outputs[0].shape == (num_tokens, 256) and outputs[-1].shape == (num_tokens, 512)
 
     def kernels(tactic: Tactic, capability: tuple[int, int]) -> list[str]:
         call = call_of(product, tactic, inputs, outputs, workspace, capability=capability)
@@ -462,11 +466,15 @@ def test_all_kernels_of_a_gated_step_are_timed(num_tokens):
                 call()
         return names_of(call)
 
-    own = Tactic("matmul", -1)
-    assert kernels(STREAM, HOPPER) == ["linear_silu_mul"]
-    assert kernels(TORCH, HOPPER) == ["mm", "silu_mul"]
-    assert kernels(own, HOPPER) == (["matmul"] if num_tokens == 1024 else ["matmul", "silu_mul"])
-    assert kernels(own, AMPERE) == ["matmul", "silu_mul"]
+    own, gated = Tactic("matmul", -1), num_tokens == 1024
+    if weight == "bf16":
+        assert kernels(STREAM, HOPPER) == ["linear_silu_mul"]
+        assert kernels(TORCH, HOPPER) == ["mm", "silu_mul"]
+        assert kernels(own, HOPPER) == (["matmul"] if gated else ["matmul", "silu_mul"])
+        assert kernels(own, AMPERE) == ["matmul", "silu_mul"]
+    else:
+        assert kernels(own, HOPPER) == ["matmul", "quantize" if gated else "silu_mul_quant"]
+        assert kernels(own, AMPERE) == ["matmul", "silu_mul_quant"]
 
 
 @pytest.mark.parametrize(

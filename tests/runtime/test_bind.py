@@ -24,6 +24,7 @@ from fastkernels.compiler.tune.timer import CudaTimer
 from fastkernels.config import ConfigError, EngineConfig
 from fastkernels.models.presets import PRESETS
 from fastkernels.ops import reference
+from fastkernels.ops.quant import KINDS
 from fastkernels.runtime import build
 from fastkernels.runtime.bind import Products, bind
 from fastkernels.runtime.build import choose_tactics, compile_for
@@ -209,6 +210,50 @@ def test_a_gated_product():
     assert bound(8, Choices(capability=HOPPER))[0].func is _fk.linear_silu_mul.default
 
 
+def test_a_gated_product_that_leaves_bytes():
+    """With the gate in the product, what it gives lies at the beginning of the room."""
+    product = Product("matmul", "e4m3", BF16, 2 * OUT, IN, gated=True)
+    byte, per_token = torch.float8_e4m3fn, KINDS["token"]
+
+    def bound(num_tokens: int, choices: Choices):
+        def empty(*shape: int, dtype: torch.dtype = byte) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        inputs = [empty(num_tokens, IN), empty(num_tokens, dtype=torch.float32)]
+        inputs += [empty(2 * OUT, IN), empty(2 * OUT, 1, dtype=torch.float32)]
+        outputs = [empty(num_tokens, OUT), empty(num_tokens, dtype=torch.float32)]
+        outputs.append(empty(num_tokens, 2 * OUT, dtype=BF16))
+        names = tuple(map(str, range(7)))
+        attributes = {"scheme": "fp8@cuda", "per": "token"}
+        step = Step("matmul_silu_mul_quant", names[:4], names[4:], attributes)
+        products = Products(choices, empty(1, dtype=torch.uint8))
+        call = bind(step, inputs, outputs, num_tokens=num_tokens, dtype=BF16, products=products)
+        assert [call.args[0].args[0], call.args[0].args[1]] == [inputs[0], inputs[2]]
+        return *call.args, outputs
+
+    for num_tokens, choices in (
+        (2000, BY_RULE),
+        (8, Choices(capability=HOPPER)),
+        (1000, Choices(capability=HOPPER)),
+        (40, only(product, 48, Tactic("matmul", 9), HOPPER)),
+        (2000, Choices(capability=(8, 0))),
+    ):
+        first, second, (out, scales, room) = bound(num_tokens, choices)
+        assert first.func is _fk.matmul.default and first.args[10] is False and first.args[13] is room
+        assert second.func is _fk.silu_mul_quant.default
+        assert second.args == (room, per_token, out, scales)
+    for choices, tactic in (
+        (Choices(capability=HOPPER), -1),
+        (only(product, 2048, Tactic("matmul", 9), HOPPER), 9),
+    ):
+        first, second, (out, scales, room) = bound(2000, choices)
+        act = first.args[13]
+        assert first.args[10] is True and first.args[11] == tactic
+        assert act.shape == (2000, OUT) and act.is_contiguous() and act.dtype == BF16
+        assert act._base is room and act.storage_offset() == 0
+        assert second.func is _fk.quantize.default and second.args == (act, per_token, out, scales)
+
+
 def test_a_head_of_an_odd_size_is_streamed():
     step = Step("linear", ("x", "weight"), ("out",), {})
     x, weight = (
@@ -332,8 +377,9 @@ def test_the_timer(product):
     capability = torch.cuda.get_device_capability()
     timer = CudaTimer(device)
     large = Product(product.op, product.weight, BF16, 4 * OUT, 8 * IN)
-    for one in (replace(large, gated=True), large) if product.op == "linear" else (large,):
-        for num_tokens in (512, 64, 1):
+    gates = product.op == "linear" or product.weight == "e4m3"
+    for one in (replace(large, gated=True), large) if gates else (large,):
+        for num_tokens in (1024, 64, 1):
             for tactic in tactics_of(one, num_tokens, capability):
                 assert 0.5 < timer(one, num_tokens, tactic) < 1000
     x, out = timer._x[0], timer._outputs[0]
@@ -343,18 +389,19 @@ def test_the_timer(product):
 
 
 @pytest.mark.skipif(CUDA_REASON is not None, reason=str(CUDA_REASON))
-def test_gates_in_products_give_the_same_logits(monkeypatch):
+@pytest.mark.parametrize("scheme", [None, "fp8"])
+def test_gates_in_products_give_the_same_logits(scheme, monkeypatch):
     """Of prompts of every kind of tactic, and of what is generated after them."""
     monkeypatch.setattr(tactics, "LEAST_GATED_TOKENS", 1)  # the demo model takes no prompt of so many
     prompts = [list(range(40, 40 + length)) for length in (3, 20, 100, 300)]
 
     def logits(*disabled: str) -> list[torch.Tensor]:
-        options = {"device": "cuda", "dtype": "bf16", "max_num_seqs": 4}
+        options = {"device": "cuda", "dtype": "bf16", "max_num_seqs": 4, "quantization": scheme}
         with LLM("demo", **options, disabled_passes=disabled) as llm:
             params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
             outputs = llm.generate(prompts, params)
             assert [len(output.token_ids) for output in outputs] == [8] * len(prompts)
             return [llm.logits(prompt) for prompt in prompts]
 
-    for one, other in zip(logits(), logits("gated_linear"), strict=True):
+    for one, other in zip(logits(), logits("gated_linear", "gated_matmul"), strict=True):
         assert (one - other).norm() <= 0.03 * other.norm()

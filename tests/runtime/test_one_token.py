@@ -28,7 +28,9 @@ PRODUCTS = {"matmul": "token_linear", "quantized_linear": "token_weight_only_lin
 
 
 def fused(plan):
-    return for_one_token(plan, plan.steps[: plan.head_start], lambda step: step.op in PRODUCTS)
+    return for_one_token(
+        plan, plan.steps[: plan.head_start], lambda step: step.op in (*PRODUCTS, "matmul_silu_mul_quant")
+    )
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -36,8 +38,11 @@ def fused(plan):
 def test_norms_go_along_with_the_products_about_them(biased, scheme):
     """All but the first, behind which comes attention_plan, and the last, behind which comes the head."""
     config = replace(PRESETS["llama-3.2-1b"], attention_bias=biased, o_bias=biased)
-    plan = compile_model(config, quantization=scheme)
+    gated = compile_model(config, quantization=scheme)
+    assert any(step.op == "matmul_silu_mul_quant" for step in gated.steps) == (scheme == "fp8@cuda")
+    plan = compile_model(config, quantization=scheme, disabled_passes=["gated_matmul"])
     before, steps = plan.steps[: plan.head_start], fused(plan)
+    assert fused(gated) == steps, "a gate that goes along with a product of more tokens is on its own"
     norms = [step for step in before if step.op == "add_rms_norm_quant"]
     assert len(norms) == 2 * plan.config.num_layers - 1 and len(steps) == len(before) - len(norms)
     assert not any(step.op == "add_rms_norm_quant" for step in steps)

@@ -344,7 +344,7 @@ def test_a_plan_of_int4_with_rounded_activations_for_a_gpu(demo):
 
 def count_ops(plan: Plan) -> dict[str, int]:
     """Of the steps that make bytes or take them; a layer's, where every layer has as many."""
-    counts = Counter(step.op for step in plan.steps if "quant" in step.op or step.op == "matmul")
+    counts = Counter(step.op for step in plan.steps if "quant" in step.op or step.op.startswith("matmul"))
     return {op: count // plan.config.num_layers for op, count in counts.items()}
 
 
@@ -362,10 +362,12 @@ def test_bytes_are_made_where_the_values_are(demo):
         return count_ops(compile_model(one, quantization="fp8@cuda", disabled_passes=disabled))
 
     norms = {"rms_norm_quant": 1, "add_rms_norm_quant": 1}
-    assert fused() == {**norms, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
+    assert fused() == {**norms, "quantize": 1, "matmul_silu_mul_quant": 1, "matmul": 3}
+    assert fused("gated_matmul") == {**norms, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
     assert fused("act_mul") == {**norms, "quantize": 2, "matmul": 4}
     assert fused("merge_qkv", "merge_gate_up") == {**norms, "quantize": 2, "matmul": 7}
-    assert fused("add_norm") == {"rms_norm_quant": 2, "quantize": 1, "silu_mul_quant": 1, "matmul": 4}
+    gate = {"matmul_silu_mul_quant": 1, "matmul": 3}
+    assert fused("add_norm") == {"rms_norm_quant": 2, "quantize": 1, **gate}
 
 
 def matmul_on_the_cpu(inputs, outputs, attributes):
@@ -387,7 +389,9 @@ def matmul_on_the_cpu(inputs, outputs, attributes):
     return call
 
 
-@pytest.mark.parametrize("disabled", [(), ("fuse_quantize",)], ids=["fused", "alone"])
+@pytest.mark.parametrize(
+    "disabled", [(), ("gated_matmul",), ("fuse_quantize",)], ids=["gated", "fused", "alone"]
+)
 @pytest.mark.parametrize("name", ["fp8", "fp8-block", "int8", "int8-zeros"])
 def test_the_gpus_plan_gives_the_cpus_logits(demo, name, disabled, monkeypatch):
     monkeypatch.setitem(bind.BINDERS, "matmul", matmul_on_the_cpu)

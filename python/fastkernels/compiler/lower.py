@@ -80,6 +80,7 @@ OPS: dict[str, _Op] = {
     "quantize": _Op(_plain, {}),
     "quantize_zeros": _Op(_plain, {}),
     "matmul": _Op(_plain, {}),
+    "matmul_silu_mul_quant": _Op(_plain, {}),
     "rms_norm": _Op(_plain, {0: (0,)}),
     "add_rms_norm": _Op(_plain, {0: (0,), 1: (1,)}, must=(1,)),
     "rope": _Op(lambda node, values: (*values, "positions", "cos_sin"), {0: (0,), 1: (1,)}),
@@ -104,7 +105,7 @@ OPS: dict[str, _Op] = {
 torch."""
 
 VIEWS = ("view", "slice")
-_PRODUCTS = ("linear", "linear_silu_mul", "quantized_linear", "matmul")
+_PRODUCTS = ("linear", "linear_silu_mul", "quantized_linear", "matmul", "matmul_silu_mul_quant")
 
 
 @dataclass(frozen=True)

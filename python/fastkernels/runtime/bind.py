@@ -108,6 +108,18 @@ def _linear(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes)
     return call_of(product, STREAM if streams else TORCH, inputs, outputs, None)
 
 
+def _matmul_silu_mul_quant(inputs: list[Tensor], outputs: list[Tensor], attributes: Attributes) -> Call:
+    out, scales, gate_up = outputs
+    product = BINDERS["matmul"](inputs, [gate_up], attributes)
+    activation = BINDERS["silu_mul_quant"]([gate_up], [out, scales], {"per": attributes["per"]})
+
+    def call() -> None:
+        product()
+        activation()
+
+    return call
+
+
 def _is_aligned(tensor: Tensor) -> bool:
     """As our kernels want x and weight; out of a size that they take is."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
@@ -254,6 +266,7 @@ BINDERS: dict[str, Callable[[list[Tensor], list[Tensor], Attributes], Call]] = {
     "quantize": _quantizing(_fk.quantize.default),
     "quantize_zeros": _plain(_fk.quantize_zeros.default),
     "matmul": _only_on_a_gpu,
+    "matmul_silu_mul_quant": _matmul_silu_mul_quant,
     "token_linear": _token_linear,
     "token_weight_only_linear": _token_weight_only_linear,
     "rms_norm": _rms_norm,

@@ -239,9 +239,9 @@ class Executor:
         return calls
 
     def _streams_bytes(self, step: Step) -> bool:
-        if step.op not in ("matmul", "quantized_linear"):
+        if step.op not in ("matmul", "matmul_silu_mul_quant", "quantized_linear"):
             return False
-        out, x = self.plan.buffers[step.outputs[0]], self.plan.buffers[step.inputs[0]]
+        out, x = self.plan.buffers[step.outputs[-1]], self.plan.buffers[step.inputs[0]]
         return self._products.streams_bytes(product_of(step, out.row_size, x.row_size, self.dtype))
 
     def _tensor(self, name: str, num_tokens: int, num_logits: int) -> Tensor:

@@ -9,6 +9,8 @@ the gate too:
 
     z = quantized_linear(x);  h = silu_mul(z)             ->   h = token_weight_only_linear(x, gated)
 
+A step ``matmul_silu_mul_quant`` whose product streams is its ``matmul`` and its ``silu_mul_quant`` here.
+
 A norm of one row takes little time, but a launch, and every block of the product behind it can compute it
 for itself while its weights are on their way. With more tokens the blocks would read more of x than of the
 weight. Values are those of the plan, but for the order in which the norm's sum is added up, and that gate and
@@ -27,6 +29,8 @@ from fastkernels.ops.token_linear import TOKEN_LINEAR_MAX_SIZE
 def for_one_token(plan: Plan, steps: Sequence[Step], streams: Callable[[Step], bool]) -> list[Step]:
     """steps: of ``plan``, in a row; streams: whether a step is a product that ``ops.token_linear`` or
     ``ops.token_weight_only_linear`` can do."""
+
+    steps = [part for step in steps for part in _apart(step, streams)]
 
     def row_size(name: str) -> int:
         return plan.buffers[name].row_size
@@ -93,6 +97,16 @@ def for_one_token(plan: Plan, steps: Sequence[Step], streams: Callable[[Step], b
             step = _of_one_token(step, norm, behind)
         fused.append(step)
     return fused
+
+
+def _apart(step: Step, streams: Callable[[Step], bool]) -> Sequence[Step]:
+    """A gated product as the two steps that it stands for, if the first streams; any other step as it is."""
+    if step.op != "matmul_silu_mul_quant" or not streams(step):
+        return (step,)
+    out, scales, gate_up = step.outputs
+    others = {name: value for name, value in step.attributes.items() if name != "per"}
+    product = Step("matmul", step.inputs, (gate_up,), others)
+    return product, Step("silu_mul_quant", (gate_up,), (out, scales), {"per": step.attributes["per"]})
 
 
 # The product behind a norm, and how many of the norm's outputs it reads

@@ -15,6 +15,7 @@ from fastkernels.compiler.passes.act_mul import act_mul
 from fastkernels.compiler.passes.add_norm import add_norm
 from fastkernels.compiler.passes.fuse_quantize import fuse_quantize
 from fastkernels.compiler.passes.gated_linear import gated_linear
+from fastkernels.compiler.passes.gated_matmul import gated_matmul
 from fastkernels.compiler.passes.merge_gate_up import merge_gate_up
 from fastkernels.compiler.passes.merge_qkv import merge_qkv
 from fastkernels.compiler.passes.quantize import quantize
@@ -37,6 +38,7 @@ PASSES: dict[str, Pass] = {
     "fuse_quantize": fuse_quantize,
     "quantize_kv": quantize_kv,
     "gated_linear": gated_linear,
+    "gated_matmul": gated_matmul,
 }
 
 

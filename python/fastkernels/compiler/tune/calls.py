@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkernels import ops
 from fastkernels.compiler.tune.tactics import STREAM, TORCH, Product, Tactic, gates
+from fastkernels.ops.quant import KINDS
 from fastkernels.ops.quantized_gemm import QUANTIZED, WITH_ZEROS, round_to
 from fastkernels.ops.weight_only import packed_shape, takes_e4m3
 
@@ -31,22 +32,30 @@ def call_of(
 ) -> Call:
     """inputs: of the step, in its order: x, where it is bytes its scales and perhaps zero points, the
         weight's parts, and a bias or none
-    outputs: of the step: what the product gives, and before it, where that is gated, silu(gate) * up
+    outputs: of the step: what the product gives; where that is gated, before it silu(gate) * up, or the bytes
+        of this and their scales
     workspace: ``ops.gemm.matmul_workspace``, which the tactics of ``matmul`` need
     capability: of the GPU
 
     The ops are taken by overload and bound once: nothing is validated here.
     """
-    *gated, out = outputs
-    if not gated:
-        return _product_call(product, tactic, inputs, out, workspace)
-    (act,) = gated
+    *results, room = outputs
+    if not results:
+        return _product_call(product, tactic, inputs, room, workspace)
     if tactic == STREAM:
-        return partial(_fk.linear_silu_mul.default, *inputs, True, act)
-    if gates(product, tactic, len(act), capability):
-        return _product_call(product, tactic, inputs, act, workspace, gated=True)
-    first = _product_call(product, tactic, inputs, out, workspace)
-    return partial(_in_turn, first, partial(_fk.silu_mul.default, out, act))
+        return partial(_fk.linear_silu_mul.default, *inputs, True, *results)
+    out, *scales = results
+    kind = KINDS["token"]
+    if not gates(product, tactic, len(out), capability):
+        first = _product_call(product, tactic, inputs, room, workspace)
+        if not scales:
+            return partial(_in_turn, first, partial(_fk.silu_mul.default, room, out))
+        return partial(_in_turn, first, partial(_fk.silu_mul_quant.default, room, kind, out, *scales))
+    if not scales:
+        return _product_call(product, tactic, inputs, out, workspace, gated=True)
+    act = room.view(-1)[: out.numel()].view(out.shape)  # the first half of the room
+    first = _product_call(product, tactic, inputs, act, workspace, gated=True)
+    return partial(_in_turn, first, partial(_fk.quantize.default, act, kind, out, *scales))
 
 
 def _in_turn(first: Call, second: Call) -> None:
@@ -112,8 +121,11 @@ def random_x(product: Product, num_tokens: int, device: torch.device) -> list[Te
 
 def empty_outputs(product: Product, num_tokens: int, device: torch.device) -> list[Tensor]:
     """The outputs of ``call_of``, for timing: of each, any first rows are one too."""
-    sizes = [product.out_size // 2] * product.gated + [product.out_size]
-    return [torch.empty(num_tokens, size, dtype=product.dtype, device=device) for size in sizes]
+    room = torch.empty(num_tokens, product.out_size, dtype=product.dtype, device=device)
+    if not product.gated:
+        return [room]
+    act = torch.zeros(num_tokens, product.out_size // 2, dtype=product.dtype, device=device)
+    return [act, room] if product.op == "linear" else [*round_to(act, product.weight), room]
 
 
 def random_weight(product: Product, device: torch.device) -> list[Tensor]:

@@ -73,8 +73,8 @@ class Product:
     weight: what the weight is: its dtype, the activation of ``matmul`` that goes with it, or the packed
             format of ``weight_only_linear``
     dtype:  of the result
-    gated:  the rows of the weight are a gate's, then up's, and the step gives silu(gate) * up: its time is
-            that of all the step's kernels
+    gated:  the rows of the weight are a gate's, then up's, and the step gives silu(gate) * up, as bytes where
+            the product takes bytes: its time is that of all the step's kernels
     """
 
     op: str
@@ -92,20 +92,20 @@ class Product:
         return f"{self.op} {self.weight}{result} {self.out_size}x{self.in_size}{bias}{gated}"
 
 
-PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul")
+PRODUCT_STEPS = ("linear", "linear_silu_mul", "quantized_linear", "matmul", "matmul_silu_mul_quant")
 """Ops of steps that have a product, and so tactics on a GPU; what it gives is their last output."""
 
 
 def product_of(step: Step, out_size: int, in_size: int, dtype: torch.dtype) -> Product:
     """The product that a step on a GPU computes. dtype: the model's."""
+    gated = step.op in ("linear_silu_mul", "matmul_silu_mul_quant")
     if step.op in ("linear", "linear_silu_mul"):
-        has_bias, gated = len(step.inputs) == 3, step.op == "linear_silu_mul"
-        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, has_bias, gated)
+        return Product("linear", dtype_name(dtype), dtype, out_size, in_size, len(step.inputs) == 3, gated)
     scheme = find_scheme(str(step.attributes["scheme"]))
-    if step.op == "matmul" and isinstance(scheme, Rounded):
+    if step.op in ("matmul", "matmul_silu_mul_quant") and isinstance(scheme, Rounded):
         weight = str(scheme.scheme.activation)
         with_bias = 7 if weight == WITH_ZEROS else 5
-        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias)
+        return Product("matmul", weight, dtype, out_size, in_size, len(step.inputs) == with_bias, gated)
     if step.op == "quantized_linear" and isinstance(scheme, Repacked):
         weight = scheme.packed_format(out_size, in_size)
         with_bias = 4 if scheme.rounding is None else 5
