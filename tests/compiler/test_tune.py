@@ -116,7 +116,8 @@ def test_which_products_gate():
         assert not gates(product, by_tile, 1023, HOPPER)
         assert not gates(product, by_tile, 1024, AMPERE) and not gates(product, by_tile, 1024, None)
         assert not gates(replace(product, gated=False), by_tile, 1024, HOPPER)
-        assert not gates(product, TORCH, 1024, HOPPER) and not gates(product, STREAM, 1024, HOPPER)
+        for tactic in (TORCH, STREAM, Tactic("matmul", LINEAR_TACTIC)):
+            assert not gates(product, tactic, 1024, HOPPER)
         assert not gates(replace(product, out_size=24), by_tile, 1024, HOPPER)
 
 

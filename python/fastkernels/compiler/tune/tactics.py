@@ -153,8 +153,9 @@ LEAST_GATED_TOKENS = 1024
 def gates(product: Product, tactic: Tactic, num_tokens: int, capability: tuple[int, int] | None) -> bool:
     """Whether a gated product, by this tactic and for so many tokens, computes silu(gate) * up in the
     epilogue of ``matmul``; else a kernel behind it does."""
-    by_matmul = product.gated and tactic.kernel == "matmul" and capability == HOPPER
-    return by_matmul and num_tokens >= LEAST_GATED_TOKENS and product.out_size % 16 == 0
+    if not product.gated or tactic.kernel != "matmul" or tactic.number == LINEAR_TACTIC:
+        return False
+    return capability == HOPPER and num_tokens >= LEAST_GATED_TOKENS and product.out_size % 16 == 0
 
 
 def tactics_of(product: Product, num_tokens: int, capability: tuple[int, int]) -> list[Tactic]:
